@@ -1,0 +1,1 @@
+"""Frozen backbones: loading, sharding, fingerprints and the two shapes behind one interface."""

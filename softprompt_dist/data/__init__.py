@@ -1,0 +1,1 @@
+"""Text to token batches: sources, tasks, LM objectives, resumable order."""

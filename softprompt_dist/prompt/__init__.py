@@ -1,0 +1,1 @@
+"""The soft prompt: the only state of a run. Module, initialisation and file."""

@@ -1,0 +1,1 @@
+"""Pieces of a run: loss, optimizer, loop, checkpoint, journal, report."""
