@@ -1,0 +1,355 @@
+"""One recipe (YAML) plus dotted overrides becomes one checked, frozen config.
+
+Precedence, highest first: command line (`--steps`, `--set key=value`), recipe file, the defaults below.
+Unknown keys are refused with the nearest valid one; all problems are reported together.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from softprompt_dist.errors import ConfigError
+
+RecipeT = TypeVar("RecipeT", bound="Section")
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class BackboneConfig(Section):
+    """Which frozen model, and how its weights are held. Nothing here changes the results."""
+
+    path: str = "demo:smollm2-135m"
+    """Hugging Face folder, hub name, `demo:smollm2-135m` (fetched once), `demo:tiny-t5` (packaged)."""
+    revision: str | None = None
+    """Hub revision; recorded in the run."""
+    sharding: Literal["replicated", "zero3"] = "zero3"
+    """`--deepspeed_config` decides this where it is given."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """fp16 is refused: T5's activations overflow in it."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Dropout inside the frozen model while tuning; the paper's code has 0.1 in effect."""
+    max_input_tokens: Positive = 512
+    """Longer inputs are cut, counted and reported."""
+
+
+class SourceConfig(Section):
+    """Where rows come from."""
+
+    kind: Literal["files", "hub", "vader"] = "files"
+    """files: jsonl, csv or parquet (gzip allowed); hub: a Hugging Face data set; vader: PyPI."""
+    train: str | None = None
+    """Path or hub split name."""
+    validation: str | None = None
+    """Path or hub split name; where absent, a tenth of train by hash of the text."""
+    test: str | None = None
+    """Path or hub split name; where absent, a tenth of train by hash of the text."""
+    name: str | None = None
+    """Hub data set name, or for vader: `movies` or `sources`."""
+    subset: str | None = None
+    """Hub configuration name."""
+    revision: str | None = None
+    """Hub revision; recorded in the run."""
+
+
+class TaskConfig(Section):
+    """Text in, label string out."""
+
+    name: str = "vader-movies"
+    source: SourceConfig = SourceConfig(kind="vader", name="movies")
+    input_template: str = "{text}"
+    """Field names in braces; the row's values are put in."""
+    label_field: str = "label"
+    labels: dict[str, str] = Field(
+        default={"negative": "negative", "positive": "positive"}, min_length=1
+    )
+    """Value of `label_field` (as a string) -> the target text. Any other value is an error."""
+    append_eos: bool = True
+    """Whether the end-of-sequence piece belongs to the target (T5: yes)."""
+    max_examples: Positive | None = None
+    """Use only the first n training rows (after the split)."""
+
+
+class PromptConfig(Section):
+    """The soft prompt [P, D]."""
+
+    prompt_length: Annotated[int, Field(ge=1, le=1000)] = 100
+    """P, number of trainable vectors."""
+    initialisation: Literal[
+        "class_labels",
+        "sampled_vocabulary",
+        "random_uniform_paper",
+        "random_uniform_released",
+        "text",
+        "file",
+    ] = "class_labels"
+    """paper: U[-0.5, 0.5]; released: U[0, 0.5), what the paper's released code samples."""
+    sampled_vocabulary_size: Positive = 5000
+    """How many of the most common pieces are in the pool."""
+    text: str | None = None
+    """For `text`: piece j goes to row j, the rest from sampled vocabulary."""
+    file: str | None = None
+    """For `file`: a prompt file of the same length, width and backbone."""
+
+
+class OptimizerConfig(Section):
+    """Settings of T5X's Adafactor as the paper used it, or AdamW."""
+
+    name: Literal["adafactor", "adamw"] = "adafactor"
+    learning_rate: Annotated[float, Field(gt=0)] = 0.3
+    """Constant."""
+    warmup_steps: NotNegative = 0
+    """Linear warm-up; the paper has none."""
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-5
+    """Adafactor: not multiplied by the learning rate (T5X). AdamW: multiplied by it (torch)."""
+    decay_rate: Annotated[float, Field(gt=0, lt=1)] = 0.8
+    """beta2 = 1 - (step + 1) ** -decay_rate."""
+    start_step: NotNegative = 0
+    """Step number of the first update; the paper's runs start at 1,100,000."""
+    step_offset: NotNegative = 0
+    """Subtracted from the step number in the decay schedule."""
+    clipping_threshold: Annotated[float, Field(gt=0)] | None = 1.0
+    """Root mean square of the update, over the whole tensor, is clipped to this."""
+    multiply_by_parameter_scale: bool = False
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW only."""
+
+
+class BatchConfig(Section):
+    """How many examples make an update, and how many fit a device at once."""
+
+    global_batch_size: Positive = 32
+    micro_batch_size: Positive = 4
+
+
+class EvaluationConfig(Section):
+    """When and how the prompt is scored."""
+
+    every_steps: Positive = 1000
+    method: Literal["rank", "greedy"] = "greedy"
+    """greedy: free generation as in the paper; rank: the most likely string of the label set."""
+    max_validation_examples: Positive | None = None
+    max_test_examples: Positive | None = None
+    batch_size: Positive = 8
+    """Rows per rank at a time."""
+
+
+class CheckpointConfig(Section):
+    """What is saved for a resume."""
+
+    every_steps: Positive = 1000
+    keep_last: Positive = 3
+
+
+class TuneConfig(Section):
+    """Everything `softprompt train` needs. Saved to the run directory as `config.yaml`."""
+
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    run_directory: str | None = None
+    """Default: runs/<name>."""
+    seed: NotNegative = 0
+    steps: Positive = 30000
+    z_loss: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of log(Z)^2; T5X uses 1e-4."""
+    deepspeed_config: str | None = None
+    """JSON for the engine's plumbing; decides sharding, dtype and off-load where given."""
+    backbone: BackboneConfig = BackboneConfig()
+    task: TaskConfig = TaskConfig()
+    prompt: PromptConfig = PromptConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    batch: BatchConfig = BatchConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _check_prompt_source(self) -> TuneConfig:
+        for kind in ("text", "file"):
+            given = getattr(self.prompt, kind)
+            wanted = self.prompt.initialisation == kind
+            if wanted and not given:
+                raise ValueError(f"prompt.initialisation is {kind!r}, so prompt.{kind} must be given.")
+            if given and not wanted:
+                raise ValueError(
+                    f"prompt.{kind} is given, but prompt.initialisation is "
+                    f"{self.prompt.initialisation!r}. Set prompt.initialisation={kind}."
+                )
+        return self
+
+
+class ArchitectureConfig(Section):
+    """A T5 v1.1 made from nothing (`init: from_config`). Its head is always its own."""
+
+    d_model: Positive = 192
+    d_kv: Positive = 32
+    d_ff: Positive = 512
+    num_heads: Positive = 6
+    num_layers: Positive = 4
+    num_decoder_layers: Positive = 3
+
+
+class AdaptConfig(Section):
+    """Everything `softprompt adapt` needs: all weights of a T5 v1.1, on plain text."""
+
+    name: str = Field(default="adapt", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    run_directory: str | None = None
+    seed: NotNegative = 0
+    steps: Positive = 100000
+    init: Literal["from_config", "from_checkpoint"] = "from_checkpoint"
+    backbone: str | None = None
+    """For `from_checkpoint`: a Hugging Face folder, hub name or `demo:` name."""
+    architecture: ArchitectureConfig = ArchitectureConfig()
+    """For `from_config`."""
+    tokenizer: str | None = None
+    """Folder of the tokenizer; default: beside the backbone."""
+    corpus: list[str] = Field(min_length=1)
+    """Text files (one document a line; .gz and .xz allowed). `path*3` repeats a file three times an epoch."""
+    validation_corpus: list[str] = []
+    objective: Literal["span_corruption", "prefix_lm"] = "prefix_lm"
+    noise_density: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    mean_noise_span_length: Annotated[float, Field(ge=1)] = 3.0
+    inputs_length: Annotated[int, Field(ge=8)] = 512
+    targets_length: Annotated[int, Field(ge=8)] = 512
+    z_loss: Annotated[float, Field(ge=0)] = 1e-4
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    optimizer: Literal["adafactor", "adamw"] = "adafactor"
+    learning_rate: Annotated[float, Field(gt=0)] = 1.0
+    """Peak; with `rsqrt` the rate is learning_rate / sqrt(max(step + start_step, warmup_steps))."""
+    schedule: Literal["rsqrt", "constant", "cosine"] = "rsqrt"
+    warmup_steps: NotNegative = 10000
+    start_step: NotNegative = 1000000
+    """The learning rate's clock; the decay of Adafactor always counts from this run's start."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    batch: BatchConfig = BatchConfig()
+    evaluate_every_steps: Positive = 1000
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    export_steps: list[Positive] = []
+    """Steps at which a Hugging Face folder is written, besides the last."""
+
+
+def load_recipe(
+    kind: type[RecipeT], recipe: str | Path | None, overrides: Sequence[str] = ()
+) -> RecipeT:
+    """Read a recipe by packaged name or path, apply `a.b=value` overrides, check everything.
+
+    Raises:
+        ConfigError: the file is missing or unreadable, or any key or value is wrong; all
+            problems of the recipe are named in one message.
+    """
+    values = {} if recipe is None else _read(Path(resolve_recipe(recipe)))
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        problems = "\n".join(f"  - {_describe(kind, e)}" for e in error.errors())
+        raise ConfigError(f"{recipe or 'The recipe'} has problems:\n{problems}") from error
+
+
+def recipe_names() -> list[str]:
+    """Names of the packaged recipes."""
+    folder = resources.files("softprompt_dist") / "recipes"
+    return sorted(Path(f.name).stem for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def resolve_recipe(recipe: str | Path) -> Path:
+    """A path as it is, or the file of the packaged recipe of that name.
+
+    Raises:
+        ConfigError: neither a file nor a packaged recipe.
+    """
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    packaged = Path(str(resources.files("softprompt_dist") / "recipes" / f"{recipe}.yaml"))
+    if packaged.is_file():
+        return packaged
+    names = recipe_names()
+    hint = difflib.get_close_matches(str(recipe), names, n=1)
+    nearest = f" Did you mean {hint[0]!r}?" if hint else ""
+    raise ConfigError(
+        f"Recipe {str(recipe)!r} is neither a file nor a packaged recipe.{nearest} "
+        f"Packaged: {', '.join(names)}."
+    )
+
+
+def to_yaml(config: Section) -> str:
+    """The whole config as YAML that `load_recipe` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"Cannot read recipe {path}: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"Recipe {path} must be a mapping of keys, found {type(values).__name__}.")
+    return values
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"Override {override!r} must have the form key.subkey=value.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"Override {override!r} has no readable YAML value: {error}") from error
+    *parents, last = key.split(".")
+    node = values
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"Override {override!r}: {parent!r} is a value, not a section.")
+        node = child
+    node[last] = value
+
+
+def _describe(kind: type[Section], error: Any) -> str:
+    location = [str(part) for part in error["loc"]]
+    name = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        valid = _keys(_section_at(kind, location[:-1]))
+        close = difflib.get_close_matches(location[-1], valid, n=1)
+        nearest = f" Did you mean {close[0]!r}?" if close else ""
+        return f"Unknown key {name!r}.{nearest} Known keys here: {', '.join(valid)}."
+    message = error["msg"].removeprefix("Value error, ")
+    value = f" (found {error['input']!r})" if name and error["type"] != "missing" else ""
+    hint = " fp16 breaks T5 (its activations overflow); use bf16." if error["input"] == "fp16" else ""
+    return f"{name + ': ' if name else ''}{message}{value}{hint}"
+
+
+def _section_at(kind: type[Section], location: Sequence[str]) -> type[Section]:
+    for name in location:
+        field = kind.model_fields.get(name)
+        inner = next(_sections(field.annotation), None) if field else None
+        if inner is None:
+            break
+        kind = inner
+    return kind
+
+
+def _sections(annotation: Any) -> Iterator[type[Section]]:
+    if get_origin(annotation) is Union:
+        for argument in get_args(annotation):
+            yield from _sections(argument)
+    elif isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+
+
+def _keys(kind: type[Section]) -> list[str]:
+    return list(kind.model_fields)

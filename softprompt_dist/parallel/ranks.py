@@ -1,0 +1,117 @@
+"""The world of ranks: joining it, walking through collectives together, agreeing on errors.
+
+Functions that contain a collective say "all ranks" in their first line. They must be reached by every
+rank, or by none.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from softprompt_dist.errors import SoftpromptError
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """This process's rank; 0 outside a distributed run."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of ranks; 1 outside a distributed run."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """This process's rank on its node."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, the one that prints and writes."""
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """The accelerator of this rank, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", local_rank())
+    return torch.device("cpu")
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum `tensor` over all ranks, in place; returns it."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+    return tensor
+
+
+def all_reduce_max(tensor: torch.Tensor) -> torch.Tensor:
+    """Maximum of `tensor` over all ranks, in place; returns it."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
+def broadcast(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy rank 0's `tensor` to all ranks, in place; returns it."""
+    if world_size() > 1:
+        dist.broadcast(tensor, src=0)
+    return tensor
+
+
+def broadcast_object(value: T) -> T:
+    """Rank 0's picklable `value`, on all ranks."""
+    if world_size() == 1:
+        return value
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_objects(value: T) -> list[T]:
+    """The picklable `value` of every rank in rank order, on all ranks."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def together(work: Callable[[], T]) -> T:
+    """Run `work` on all ranks; if it fails with a user error on any, all raise the first such error.
+
+    `work` must contain no collective: a rank that fails would leave the others waiting in it.
+    """
+    result, error = _attempt(work)
+    errors = [e for e in gather_objects(error) if e is not None]
+    if errors:
+        raise errors[0]
+    return result  # type: ignore[return-value]
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """Run `work` on rank 0 only; its result, or its user error, reaches all ranks."""
+    result, error = broadcast_object(_attempt(work) if is_main() else (None, None))
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
+
+
+def _attempt(work: Callable[[], T]) -> tuple[T | None, SoftpromptError | None]:
+    try:
+        return work(), None
+    except SoftpromptError as error:
+        return None, error
