@@ -5,6 +5,8 @@ class SoftpromptError(Exception):
     """Base of every error that is shown to the user as a message, not as a traceback."""
 
     exit_code = 2
+    on_all_ranks = False
+    """Whether every rank raises this same error, so that one of them can speak for all."""
 
 
 class ConfigError(SoftpromptError):

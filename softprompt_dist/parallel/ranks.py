@@ -40,9 +40,10 @@ def is_main() -> bool:
 
 def device() -> torch.device:
     """The accelerator of this rank, or the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", local_rank())
-    return torch.device("cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    # Slurm's --gpus-per-task shows each task one device only, whatever its local rank.
+    return torch.device("cuda", local_rank() if local_rank() < torch.cuda.device_count() else 0)
 
 
 def barrier() -> None:
@@ -98,7 +99,7 @@ def together(work: Callable[[], T]) -> T:
     result, error = _attempt(work)
     errors = [e for e in gather_objects(error) if e is not None]
     if errors:
-        raise errors[0]
+        raise _marked(errors[0])
     return result  # type: ignore[return-value]
 
 
@@ -106,7 +107,7 @@ def on_main(work: Callable[[], T]) -> T:
     """Run `work` on rank 0 only; its result, or its user error, reaches all ranks."""
     result, error = broadcast_object(_attempt(work) if is_main() else (None, None))
     if error is not None:
-        raise error
+        raise _marked(error)
     return result  # type: ignore[return-value]
 
 
@@ -115,3 +116,8 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, SoftpromptError | None]:
         return work(), None
     except SoftpromptError as error:
         return None, error
+
+
+def _marked(error: SoftpromptError) -> SoftpromptError:
+    error.on_all_ranks = True
+    return error

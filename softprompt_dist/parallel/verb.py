@@ -1,0 +1,169 @@
+"""How a verb starts and ends: its parser, and one message from one rank when it cannot go on.
+
+The launchers end all ranks as soon as one exits non-zero, so rank 0 must have spoken before any
+other rank exits. Nothing here imports torch: `--help` and a mistyped option answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from softprompt_dist.errors import ConfigError, MachineError, SoftpromptError
+
+Main = Callable[[Sequence[str] | None], None]
+
+_GRACE_SECONDS = 10.0
+"""How long another rank waits to be ended by the launcher before it takes the error for its own."""
+
+_REMEDIES = {
+    errno.EACCES: "Give this user permission, or choose another place (--run-dir).",
+    errno.EPERM: "Give this user permission, or choose another place (--run-dir).",
+    errno.EROFS: "Choose a place that can be written to (--run-dir).",
+    errno.ENOSPC: "Free some space, or choose another place (--run-dir).",
+    errno.EDQUOT: "Free some of the quota, or choose another place (--run-dir).",
+}
+_PEER_LOST = re.compile(r"connection (was )?(closed|reset)|broken pipe|socket closed", re.IGNORECASE)
+
+
+class Interrupted(SoftpromptError):
+    """The user pressed Ctrl-C."""
+
+    exit_code = 130
+
+
+class PeerLostError(SoftpromptError):
+    """Another rank ended while this one was waiting for it."""
+
+    exit_code = 1
+
+
+class VerbParser(argparse.ArgumentParser):
+    """A parser whose help and whose errors come from one rank only.
+
+    It takes `--debug` and ignores `--local_rank`, which DeepSpeed's launcher puts in front.
+    """
+
+    def __init__(self, verb: str, description: str, **settings: Any) -> None:
+        super().__init__(
+            prog=f"softprompt {verb}", description=description, allow_abbrev=False, **settings
+        )
+        self.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+        self.add_argument("--debug", action="store_true", help="show tracebacks and engine logs")
+
+    def add_recipe_options(self) -> None:
+        """Add the options that all verbs with a recipe share."""
+        self.add_argument("--recipe", metavar="NAME|PATH", help="packaged recipe or YAML file")
+        self.add_argument(
+            "--set",
+            dest="overrides",
+            metavar="KEY=VALUE",
+            action="append",
+            default=[],
+            help="override one key of the recipe, such as optimizer.learning_rate=0.1; repeatable",
+        )
+        self.add_argument("--run-dir", metavar="PATH", help="where the run keeps its files")
+        self.add_argument(
+            "--deepspeed_config", metavar="JSON", help="engine plumbing; decides sharding and dtype"
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing, so that `run_verb` decides which rank speaks.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(f"{self.prog}: {message}\n{self.format_usage().strip()}")
+
+    def print_help(self, file: Any = None) -> None:
+        """Print the help, on rank 0 only."""
+        if _rank() == 0:
+            super().print_help(file)
+
+
+def run_verb(main: Main, argv: Sequence[str] | None = None) -> NoReturn:
+    """Run `main` and exit; a failure the user can act on becomes one message from one rank.
+
+    Any other exception passes through with its traceback: it is a bug of ours.
+    """
+    debug = "--debug" in (sys.argv[1:] if argv is None else argv)
+    try:
+        main(argv)
+    except (Exception, KeyboardInterrupt) as error:
+        failure = _as_user_error(error)
+        if failure is None:
+            raise
+        _report(failure, traceback.format_exc() if debug else "")
+        _leave(failure.exit_code)
+    sys.exit(0)
+
+
+def _as_user_error(error: BaseException) -> SoftpromptError | None:
+    if isinstance(error, SoftpromptError):
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted("Interrupted.")
+    if isinstance(error, OSError) and error.errno in _REMEDIES:
+        place = f" {error.filename}:" if error.filename else ""
+        return MachineError(f"Cannot write or read:{place} {error.strerror}. {_REMEDIES[error.errno]}")
+    if type(error).__name__ == "OutOfMemoryError":
+        return MachineError(
+            f"{str(error).splitlines()[0]} Lower batch.micro_batch_size and evaluation.batch_size, "
+            "or shard the backbone (--deepspeed_config ds_configs/zero3_bf16.json)."
+        )
+    if isinstance(error, RuntimeError) and _world_is_up() and _PEER_LOST.search(str(error)):
+        return PeerLostError("Another rank has ended; its message says why.")
+    return None
+
+
+def _report(failure: SoftpromptError, trace: str) -> None:
+    """Print at once on rank 0. Another rank prints only what rank 0 cannot know of."""
+    prefix = ""
+    if _rank() > 0:
+        if failure.on_all_ranks and _world_is_up():
+            _wait_for_main()
+            return
+        time.sleep(_GRACE_SECONDS)
+        prefix = f"[rank {_rank()}] "
+    elif isinstance(failure, PeerLostError):
+        time.sleep(_GRACE_SECONDS)
+    sys.stdout.flush()
+    print(f"{trace}{prefix}error: {failure}", file=sys.stderr, flush=True)
+    if failure.on_all_ranks and _world_is_up():
+        _wait_for_main()
+
+
+def _wait_for_main() -> None:
+    """All ranks: return once rank 0 has spoken."""
+    import torch.distributed as dist
+
+    try:
+        dist.barrier()
+    except RuntimeError:
+        time.sleep(_GRACE_SECONDS)
+
+
+def _leave(code: int) -> NoReturn:
+    if not _world_is_up():
+        sys.exit(code)
+    # Tearing the process group down could wait for ranks that are not coming.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _rank() -> int:
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    return int(rank) if rank.isdigit() else 0
+
+
+def _world_is_up() -> bool:
+    dist = sys.modules.get("torch.distributed")
+    return dist is not None and dist.is_initialized() and dist.get_world_size() > 1
