@@ -1,0 +1,35 @@
+"""Prompts are equal on every rank: checked, not hoped."""
+
+from __future__ import annotations
+
+import hashlib
+
+from torch import Tensor
+
+from softprompt_dist.errors import InvariantError
+from softprompt_dist.parallel import ranks
+
+
+def digest(tensor: Tensor) -> str:
+    """sha256 of the tensor's bytes."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return hashlib.sha256(flat.numpy().tobytes()).hexdigest()
+
+
+def assert_equal_on_all_ranks(tensor: Tensor, name: str) -> str:
+    """All ranks: the bits of an fp32 `tensor` are the same everywhere.
+
+    Returns:
+        The common sha256.
+
+    Raises:
+        InvariantError: on all ranks, naming those that differ from rank 0.
+    """
+    digests = ranks.gather_objects(digest(tensor))
+    different = [rank for rank, value in enumerate(digests) if value != digests[0]]
+    if different:
+        raise InvariantError(
+            f"{name} differs from rank 0's on ranks {different}. Every rank must apply the same "
+            "update to the same values; the last checkpoint holds the last equal state."
+        )
+    return digests[0]

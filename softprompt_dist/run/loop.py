@@ -1,0 +1,225 @@
+"""The tuning loop: update, log, validate, save; and the state that a resume needs."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import softprompt_dist
+from softprompt_dist.config import TuneConfig
+from softprompt_dist.errors import CheckpointError, NonFiniteLossError
+from softprompt_dist.parallel import ranks
+from softprompt_dist.parallel.equality import assert_equal_on_all_ranks
+from softprompt_dist.prompt.file import PromptMetadata, save_prompt
+from softprompt_dist.run.checkpoint import CheckpointStore
+from softprompt_dist.run.directory import RunDirectory
+from softprompt_dist.run.journal import Journal
+from softprompt_dist.run.metrics import accuracy
+from softprompt_dist.run.optimizer import (
+    learning_rate_at,
+    optimizer_from_tensors,
+    optimizer_to_tensors,
+)
+from softprompt_dist.run.step import accumulate_gradient
+from softprompt_dist.run.tuning import TuningRun
+
+log = logging.getLogger(__name__)
+
+_OPTIMIZER_PREFIX = "optimizer."
+_FREE_TO_CHANGE: dict[str, Any] = {
+    "name": ...,
+    "run_directory": ...,
+    "steps": ...,
+    "deepspeed_config": ...,
+    "checkpoint": ...,
+    "backbone": {"path", "revision", "sharding"},
+    "batch": {"micro_batch_size"},
+    "evaluation": {"batch_size", "max_test_examples"},
+}
+"""Settings that a resume may change, since no result depends on them (or the fingerprint decides)."""
+
+
+@dataclass
+class TuningState:
+    """What changes during a run, besides the prompt and its optimizer."""
+
+    best_prompt_PD: Tensor
+    step: int = 0
+    examples_consumed: int = 0
+    best_score: float = -1.0
+    best_step: int = 0
+    untuned_correct: int = -1
+    """Correct test answers of the prompt before step 1; -1 until counted."""
+
+
+def tune(run: TuningRun, state: TuningState, directory: RunDirectory, journal: Journal) -> None:
+    """All ranks: continue from `state` to the recipe's last step."""
+    config = run.config
+    store = checkpoint_store(config, directory)
+    while state.step < config.steps:
+        metrics = _update(run, state, store)
+        journal.log(state.step, metrics)
+        if state.step % config.evaluation.every_steps == 0 or state.step == config.steps:
+            validate(run, state, directory, journal)
+        if state.step % config.checkpoint.every_steps == 0 or state.step == config.steps:
+            save(run, state, store)
+
+
+def validate(run: TuningRun, state: TuningState, directory: RunDirectory, journal: Journal) -> None:
+    """All ranks: score the prompt on the validation split and keep it if it is the best so far."""
+    split = run.splits["validation"].first(run.config.evaluation.max_validation_examples)
+    predictions = run.scorer.predict(run.prompt, split.tokens)
+    score = accuracy(predictions, [e.target_text.strip() for e in split.texts])
+    journal.log(state.step, {"accuracy": score}, kind="validation")
+    if score > state.best_score:
+        state.best_score, state.best_step = score, state.step
+        state.best_prompt_PD = run.prompt.weight.detach().clone()
+        ranks.on_main(lambda: publish_prompt(run, state, directory))
+
+
+def publish_prompt(run: TuningRun, state: TuningState, directory: RunDirectory) -> None:
+    """Write the best prompt so far as the run's result (rank 0 only; no collective inside)."""
+    prompt_PD = state.best_prompt_PD.cpu()
+    metadata = PromptMetadata(
+        backbone_fingerprint=run.backbone.fingerprint,
+        backbone=run.backbone.path,
+        tokenizer_fingerprint=tokenizer_fingerprint(run),
+        task=run.task.name,
+        initialisation=run.config.prompt.initialisation,
+        step=state.best_step,
+        metric="accuracy",
+        score=state.best_score,
+        prompt_length=prompt_PD.shape[0],
+        d_model=prompt_PD.shape[1],
+        version=softprompt_dist.__version__,
+    )
+    save_prompt(directory.prompts / "best.safetensors", prompt_PD, metadata)
+
+
+def tokenizer_fingerprint(run: TuningRun) -> str:
+    """Identity of the vocabulary: the same pieces with the same ids."""
+    import hashlib
+
+    pieces = sorted(run.tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    return hashlib.sha256(repr(pieces).encode()).hexdigest()[:32]
+
+
+def checkpoint_store(config: TuneConfig, directory: RunDirectory) -> CheckpointStore:
+    """The run's checkpoints."""
+    return CheckpointStore(directory.checkpoints, config.checkpoint.keep_last)
+
+
+def save(run: TuningRun, state: TuningState, store: CheckpointStore) -> None:
+    """All ranks: publish prompt, optimizer and cursor, after checking that the prompts are equal."""
+    digest = assert_equal_on_all_ranks(run.prompt.weight, "The prompt")
+    tensors = {
+        "prompt": run.prompt.weight.detach().cpu(),
+        "best_prompt": state.best_prompt_PD.cpu(),
+        **{
+            _OPTIMIZER_PREFIX + name: tensor.cpu()
+            for name, tensor in optimizer_to_tensors(run.optimizer).items()
+        },
+    }
+    values = {
+        "seed": run.config.seed,
+        "step": state.step,
+        "examples_consumed": state.examples_consumed,
+        "best_score": state.best_score,
+        "best_step": state.best_step,
+        "untuned_correct": state.untuned_correct,
+        "prompt_sha256": digest,
+        "backbone_fingerprint": run.backbone.fingerprint,
+        "data_digests": run.task.digests,
+        "recipe": _binding_recipe(run.config),
+    }
+    store.save(state.step, tensors, values)
+
+
+def restore(run: TuningRun, store: CheckpointStore) -> TuningState:
+    """All ranks: the state of the newest valid checkpoint, or that of a run not yet begun.
+
+    Raises:
+        CheckpointError: checkpoints are there but none is valid, or the newest belongs to another
+            recipe, backbone or data. A run never begins again from step 0 in silence.
+    """
+    checkpoint = store.load_newest()
+    if checkpoint is None:
+        return TuningState(best_prompt_PD=run.prompt.weight.detach().clone())
+    values, tensors = checkpoint.state, checkpoint.tensors
+    _check_belongs(run, values)
+    with torch.no_grad():
+        run.prompt.weight.copy_(tensors["prompt"])
+    optimizer_from_tensors(
+        run.optimizer,
+        {
+            name.removeprefix(_OPTIMIZER_PREFIX): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(_OPTIMIZER_PREFIX)
+        },
+    )
+    checkpoint.restore_rng()
+    assert_equal_on_all_ranks(run.prompt.weight, "The prompt of the checkpoint")
+    return TuningState(
+        best_prompt_PD=tensors["best_prompt"].to(run.prompt.weight.device),
+        **{
+            name: values[name]
+            for name in ("step", "examples_consumed", "best_score", "best_step", "untuned_correct")
+        },
+    )
+
+
+def _update(run: TuningRun, state: TuningState, store: CheckpointStore) -> dict[str, float]:
+    learning_rate = learning_rate_at(run.config.optimizer, state.step)
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate
+    batches = run.batches(state.examples_consumed)
+    try:
+        # Raised by all ranks or by none: the sums that decide were all-reduced.
+        metrics = accumulate_gradient(run.backbone, run.prompt, batches, run.config.z_loss)
+    except NonFiniteLossError as error:
+        save(run, state, store)
+        raise NonFiniteLossError(
+            f"Step {state.step + 1}: {error} The state after step {state.step} is saved."
+        ) from error
+    run.optimizer.step()
+    state.step += 1
+    state.examples_consumed += run.config.batch.global_batch_size
+    return {**metrics, "learning_rate": learning_rate}
+
+
+def _binding_recipe(config: TuneConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json", exclude=_FREE_TO_CHANGE)
+
+
+def _check_belongs(run: TuningRun, values: dict[str, Any]) -> None:
+    now = {
+        "backbone fingerprint": run.backbone.fingerprint,
+        "data": run.task.digests,
+        **_flat(_binding_recipe(run.config)),
+    }
+    then = {
+        "backbone fingerprint": values["backbone_fingerprint"],
+        "data": values["data_digests"],
+        **_flat(values["recipe"]),
+    }
+    different = [key for key in now if now[key] != then.get(key)]
+    if different:
+        lines = "\n".join(f"  - {key}: saved {then.get(key)!r}, now {now[key]!r}" for key in different)
+        raise CheckpointError(
+            f"The checkpoint of step {values['step']} belongs to another run:\n{lines}\n"
+            "Use the saved values, another --run-dir, or --fresh to set the old run aside."
+        )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,59 @@
+"""One update of the prompt. Axes: B batch, P prompt, D model width, T target tokens, V vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from softprompt_dist.backbone.base import Backbone
+from softprompt_dist.data.batching import TokenBatch
+from softprompt_dist.errors import NonFiniteLossError
+from softprompt_dist.parallel import ranks
+from softprompt_dist.prompt.module import SoftPrompt
+from softprompt_dist.run.loss import token_loss
+
+
+def accumulate_gradient(
+    backbone: Backbone, prompt: SoftPrompt, batches: Sequence[TokenBatch], z_loss: float
+) -> dict[str, float]:
+    """All ranks: put the gradient of the loss per token, over all ranks' batches, into the prompt.
+
+    The loss is the sum over target tokens divided by their number over all ranks (not the mean of the
+    ranks' means), so the gradient does not depend on how the global batch is dealt.
+
+    Returns:
+        `loss` (with z-loss) and `cross_entropy` per token in nats, `num_tokens`, `gradient_norm`.
+
+    Raises:
+        NonFiniteLossError: on all ranks together, before any update.
+    """
+    prompt.weight.grad = None
+    sums = torch.zeros(3, dtype=torch.float64, device=prompt.weight.device)
+    for batch in batches:
+        logits_BTV = backbone(prompt(len(batch.input_ids_BS), backbone.dtype), batch)
+        loss = token_loss(logits_BTV, batch.labels_BT, z_loss=z_loss)
+        loss.total.backward()
+        sums += torch.stack([loss.total, loss.cross_entropy, loss.num_tokens]).detach().double()
+    backbone.release()
+    gradient_PD = prompt.weight.grad
+    assert gradient_PD is not None
+    ranks.all_reduce_sum(gradient_PD)
+    total, cross_entropy, num_tokens = ranks.all_reduce_sum(sums).tolist()
+    gradient_PD /= num_tokens
+    gradient_norm = float(gradient_PD.norm())
+    if not all(map(_is_finite, (total, gradient_norm))):
+        raise NonFiniteLossError(
+            f"The loss is {total / num_tokens} and the gradient's norm {gradient_norm}; both must be finite. "
+            "The update was not applied. Lower optimizer.learning_rate, or look at the batch of this step."
+        )
+    return {
+        "loss": total / num_tokens,
+        "cross_entropy": cross_entropy / num_tokens,
+        "num_tokens": num_tokens,
+        "gradient_norm": gradient_norm,
+    }
+
+
+def _is_finite(value: float) -> bool:
+    return value - value == 0.0

@@ -1,0 +1,197 @@
+"""Everything a tuning run is made of, built in one place and checked before step 1."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from softprompt_dist.backbone.base import Backbone
+from softprompt_dist.backbone.fingerprint import local_checksum
+from softprompt_dist.backbone.load import load_backbone, load_tokenizer, locate_backbone
+from softprompt_dist.config import TuneConfig
+from softprompt_dist.data.batching import TokenBatch, TokenExample, collate, tokenise
+from softprompt_dist.data.order import ExampleOrder
+from softprompt_dist.data.tasks import Example, TaskData, load_task
+from softprompt_dist.errors import ConfigError, InvariantError
+from softprompt_dist.parallel import ranks
+from softprompt_dist.prompt.initialise import initialise_prompt
+from softprompt_dist.prompt.module import SoftPrompt
+from softprompt_dist.run.optimizer import build_optimizer
+from softprompt_dist.run.scoring import LabelSet, Scorer, pad_id_of
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Examples of one split, as text and as tokens."""
+
+    texts: tuple[Example, ...]
+    tokens: tuple[TokenExample, ...]
+
+    def first(self, count: int | None) -> Split:
+        """The first `count` examples, or all."""
+        return self if count is None else Split(self.texts[:count], self.tokens[:count])
+
+
+@dataclass(frozen=True)
+class TuningRun:
+    """A checked recipe and what was built from it. Only `prompt` (and its optimizer) ever changes."""
+
+    config: TuneConfig
+    task: TaskData
+    tokenizer: PreTrainedTokenizerBase
+    splits: dict[str, Split]
+    backbone: Backbone
+    backbone_checksum: str
+    prompt: SoftPrompt
+    optimizer: torch.optim.Optimizer
+    scorer: Scorer
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches per rank in one update."""
+        batch = self.config.batch
+        return batch.global_batch_size // (batch.micro_batch_size * ranks.world_size())
+
+    def batches(self, examples_consumed: int) -> list[TokenBatch]:
+        """This rank's micro-batches of the global batch that starts at `examples_consumed`."""
+        train = self.splits["train"].tokens
+        size = self.config.batch.micro_batch_size
+        order = ExampleOrder(len(train), self.config.seed)
+        indices = order.indices(examples_consumed, self.config.batch.global_batch_size)
+        starts = range(ranks.rank() * size, len(indices), size * ranks.world_size())
+        return [self._collate([train[i] for i in indices[s : s + size]]) for s in starts]
+
+    def _collate(self, examples: list[TokenExample]) -> TokenBatch:
+        batch = collate(examples, pad_id=pad_id_of(self.tokenizer), family=self.backbone.family)
+        return batch.to(ranks.device())
+
+
+def check_world(config: TuneConfig, world_size: int) -> None:
+    """Refuse a world size that does not divide the global batch.
+
+    Raises:
+        ConfigError: with the micro-batch sizes and world sizes that would work.
+    """
+    batch = config.batch
+    per_update = batch.micro_batch_size * world_size
+    if batch.global_batch_size % per_update:
+        multiple = -(-batch.global_batch_size // per_update) * per_update
+        raise ConfigError(
+            f"batch.global_batch_size is {batch.global_batch_size}, but {world_size} ranks x "
+            f"batch.micro_batch_size {batch.micro_batch_size} = {per_update} must divide it. Use "
+            f"batch.global_batch_size={multiple}, another batch.micro_batch_size, or another number of ranks."
+        )
+
+
+def build_tuning_run(config: TuneConfig, ds_config: dict[str, Any] | None = None) -> TuningRun:
+    """All ranks: data, backbone, prompt and optimizer of a recipe, with the invariants checked.
+
+    Raises:
+        SoftpromptError: anything in the recipe, data, backbone or machine that cannot work.
+    """
+    check_world(config, ranks.world_size())
+    ranks.on_main(lambda: _warm_up_source(config))
+    task = ranks.together(lambda: load_task(config.task))
+    tokenizer = load_tokenizer(locate_backbone(config.backbone))
+    backbone = load_backbone(config.backbone, ds_config)
+    splits = {
+        name: _tokenised(config, tokenizer, backbone, name, getattr(task, name))
+        for name in ("train", "validation", "test")
+    }
+    torch.manual_seed(config.seed + ranks.rank())
+    prompt = SoftPrompt(_initial_prompt(config, task, tokenizer, backbone)).to(ranks.device())
+    labels = _label_set(config, task, tokenizer, backbone)
+    run = TuningRun(
+        config=config,
+        task=task,
+        tokenizer=tokenizer,
+        splits=splits,
+        backbone=backbone,
+        backbone_checksum=local_checksum(backbone),
+        prompt=prompt,
+        optimizer=build_optimizer(config.optimizer, [prompt.weight]),
+        scorer=Scorer(
+            backbone, tokenizer, labels, config.evaluation.method, config.evaluation.batch_size
+        ),
+    )
+    assert_only_prompt_trains(run)
+    return run
+
+
+def assert_only_prompt_trains(run: TuningRun) -> None:
+    """The prompt is trainable, in fp32; no backbone weight is.
+
+    Raises:
+        InvariantError: naming the weights that would train.
+    """
+    trainable = [name for name, p in run.backbone.named_parameters() if p.requires_grad]
+    prompt = run.prompt.weight
+    if trainable or not prompt.requires_grad or prompt.dtype != torch.float32:
+        raise InvariantError(
+            f"Only the prompt may train, in fp32: backbone weights {trainable[:5]} require gradients; "
+            f"the prompt: requires_grad={prompt.requires_grad}, {prompt.dtype}."
+        )
+
+
+def _warm_up_source(config: TuneConfig) -> None:
+    """Rank 0 fetches what the source needs once, so that the others find it in the cache."""
+    load_task(config.task)
+
+
+def _tokenised(
+    config: TuneConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    backbone: Backbone,
+    name: str,
+    examples: tuple[Example, ...],
+) -> Split:
+    result = tokenise(
+        examples,
+        tokenizer,
+        family=backbone.family,
+        max_input_tokens=config.backbone.max_input_tokens,
+        append_eos=config.task.append_eos,
+    )
+    if result.num_truncated and ranks.is_main():
+        log.warning(
+            "%d of %d %s inputs are longer than backbone.max_input_tokens=%d and were cut.",
+            result.num_truncated,
+            len(examples),
+            name,
+            config.backbone.max_input_tokens,
+        )
+    return Split(texts=examples, tokens=tuple(result.examples))
+
+
+def _label_set(
+    config: TuneConfig, task: TaskData, tokenizer: PreTrainedTokenizerBase, backbone: Backbone
+) -> LabelSet:
+    examples = tuple(Example(input_text=label, target_text=label) for label in task.labels)
+    tokens = _tokenised(config, tokenizer, backbone, "label", examples).tokens
+    return LabelSet(
+        texts=tuple(label.strip() for label in task.labels),
+        ids=tuple(tuple(example.target_ids) for example in tokens),
+    )
+
+
+def _initial_prompt(
+    config: TuneConfig, task: TaskData, tokenizer: PreTrainedTokenizerBase, backbone: Backbone
+) -> Tensor:
+    """Drawn once on every rank, then rank 0's is taken by all."""
+    initial_PD = initialise_prompt(
+        config.prompt,
+        embed=backbone.embed,
+        vocabulary_size=backbone.vocabulary_size,
+        encode=lambda text: tokenizer.encode(text, add_special_tokens=False),
+        labels=task.labels,
+        d_model=backbone.d_model,
+        generator=torch.Generator().manual_seed(config.seed),
+    )
+    return ranks.broadcast(initial_PD.to(ranks.device()).contiguous())
