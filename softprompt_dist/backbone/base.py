@@ -11,7 +11,6 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
-import deepspeed
 import torch
 from torch import Tensor, nn
 
@@ -73,6 +72,8 @@ class Backbone(nn.Module):
 
         No optimizer is handed over: DeepSpeed then installs the gather hooks and nothing else.
         """
+        import deepspeed  # not before `join_world` has set what it reads at import
+
         engine, *_ = deepspeed.initialize(model=self, config=engine_config)
         self._engines.append(engine)
 
@@ -94,7 +95,11 @@ class Backbone(nn.Module):
             engine.optimizer.release_backward_leftovers()
 
     def _gathered(self, parameter: nn.Parameter) -> AbstractContextManager[Any]:
-        return deepspeed.zero.GatheredParameters([parameter]) if self.sharded else nullcontext()
+        if not self.sharded:
+            return nullcontext()
+        from deepspeed.zero import GatheredParameters
+
+        return GatheredParameters([parameter])
 
 
 class Seq2SeqBackbone(Backbone):

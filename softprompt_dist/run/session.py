@@ -1,0 +1,69 @@
+"""One tuning run from recipe to report, in a world that was joined already."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from softprompt_dist.backbone.fingerprint import assert_unchanged
+from softprompt_dist.config import TuneConfig, to_yaml
+from softprompt_dist.errors import CheckpointError
+from softprompt_dist.parallel import ranks
+from softprompt_dist.run.directory import RunDirectory
+from softprompt_dist.run.environment import describe_environment
+from softprompt_dist.run.journal import Journal
+from softprompt_dist.run.loop import checkpoint_store, restore, tune, validate
+from softprompt_dist.run.outcome import count_untuned, report_outcome
+from softprompt_dist.run.tuning import TuningRun, build_tuning_run
+
+
+def train(
+    config: TuneConfig,
+    ds_config: dict[str, Any] | None = None,
+    *,
+    fresh: bool = False,
+    must_resume: bool = False,
+) -> None:
+    """All ranks: one run, from recipe to report, continuing where an earlier attempt stopped.
+
+    Args:
+        config: the checked recipe.
+        ds_config: engine plumbing, or None for ours.
+        fresh: set the directory's checkpoints aside first.
+        must_resume: refuse to start at step 0.
+    """
+    directory = RunDirectory(Path(str(config.run_directory)))
+    directory.prepare(to_yaml(config), describe_environment())
+    store = checkpoint_store(config, directory)
+    if fresh:
+        store.discard_all()
+    run = build_tuning_run(config, ds_config)
+    state = restore(run, store)
+    if must_resume and state.step == 0:
+        raise CheckpointError(
+            f"--resume was given, but {directory.checkpoints} holds no checkpoint. Check --run-dir, or "
+            "leave --resume out to start at step 0."
+        )
+    with Journal(directory, config.steps, start_step=state.step) as journal:
+        journal.say(_headline(run, state.step))
+        if state.untuned_correct < 0:
+            state.untuned_correct = count_untuned(run)
+            validate(run, state, directory, journal)
+        tune(run, state, directory, journal)
+        assert_unchanged(run.backbone, run.backbone_checksum)
+        report_outcome(run, state, directory, journal)
+
+
+def _headline(run: TuningRun, step: int) -> str:
+    config = run.config
+    start = f"resuming after step {step}" if step else "starting"
+    facts = {
+        "backbone": config.backbone.path,
+        "sharding": config.backbone.sharding,
+        "dtype": config.backbone.dtype,
+        "ranks": ranks.world_size(),
+        "prompt": f"{config.prompt.prompt_length} x {run.backbone.d_model}",
+        "examples": {name: len(split.texts) for name, split in run.splits.items()},
+    }
+    return f"{config.name}: {start}, {config.steps} steps. " + json.dumps(facts)
