@@ -21,7 +21,6 @@ from softprompt_dist.errors import CheckpointError, ConfigError
 SMALLEST_FACTORED_AXIS = 128
 SMALLEST_PARAMETER_SCALE = 1e-3
 SMALLEST_LEARNING_RATE = 1e-8
-KEY_PREFIX = "optimizer."
 
 
 class T5XAdafactor(torch.optim.Optimizer):
@@ -125,16 +124,16 @@ def learning_rate_at(config: OptimizerConfig, update: int) -> float:
 
 
 def optimizer_to_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state, `optimizer.<parameter number>.<name>`: contiguous copies on the CPU."""
+    """The optimiser's state as `<parameter number>.<name>` -> contiguous copy on the CPU."""
     return {
-        f"{KEY_PREFIX}{number}.{name}": value.detach().to("cpu", copy=True).contiguous()
+        f"{number}.{name}": value.detach().to("cpu", copy=True).contiguous()
         for number, parameter in enumerate(_parameters(optimizer))
         for name, value in optimizer.state.get(parameter, {}).items()
     }
 
 
 def optimizer_from_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Restore, bit for bit, what `optimizer_to_tensors` gave; keys of others are passed over.
+    """Restore, bit for bit, what `optimizer_to_tensors` gave.
 
     Nothing is changed unless everything fits. Hyperparameters are not part of the state.
 
@@ -144,9 +143,7 @@ def optimizer_from_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
     parameters = _parameters(optimizer)
     states: list[dict[str, Tensor]] = [{} for _ in parameters]
     for key, value in tensors.items():
-        if not key.startswith(KEY_PREFIX):
-            continue
-        number, _, name = key.removeprefix(KEY_PREFIX).partition(".")
+        number, _, name = key.partition(".")
         if not number.isdecimal() or int(number) >= len(parameters):
             raise CheckpointError(
                 f"The checkpoint holds {key!r}, but this optimiser has {len(parameters)} "

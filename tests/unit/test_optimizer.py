@@ -45,10 +45,10 @@ def test_moments_are_factored_over_the_two_largest_axes():
 
     shapes = {key: tuple(value.shape) for key, value in optimizer_to_tensors(optimizer).items()}
 
-    assert shapes["optimizer.0.v"] == (6,)
-    assert shapes["optimizer.1.v"] == (3, 5)
-    assert (shapes["optimizer.2.v_row"], shapes["optimizer.2.v_col"]) == ((130,), (140,))
-    assert (shapes["optimizer.3.v_row"], shapes["optimizer.3.v_col"]) == ((2, 130), (2, 140))
+    assert shapes["0.v"] == (6,)
+    assert shapes["1.v"] == (3, 5)
+    assert (shapes["2.v_row"], shapes["2.v_col"]) == ((130,), (140,))
+    assert (shapes["3.v_row"], shapes["3.v_col"]) == ((2, 130), (2, 140))
 
 
 def test_batched_matrices_are_normalised_one_by_one():
@@ -113,24 +113,24 @@ def test_state_survives_tensors_to_the_bit(name):
     tensors = optimizer_to_tensors(optimizer)
     other, _ = stepped(name, updates=0)
 
-    optimizer_from_tensors(other, {"prompt": torch.zeros(1), **tensors})
+    optimizer_from_tensors(other, tensors)
     again = optimizer_to_tensors(other)
 
     assert again.keys() == tensors.keys()
     assert all(torch.equal(again[key], tensors[key]) for key in tensors)
     assert all(again[key].dtype == tensors[key].dtype for key in tensors)
-    assert all(int(again[f"optimizer.{n}.step"]) == 2 for n in range(len(SHAPES)))
+    assert all(int(again[f"{n}.step"]) == 2 for n in range(len(SHAPES)))
 
 
 def test_tensors_are_copies():
     optimizer, parameters = stepped()
     tensors = optimizer_to_tensors(optimizer)
-    before = tensors["optimizer.1.v"].clone()
+    before = tensors["1.v"].clone()
 
     parameters[1].grad = torch.full((3, 5), 100.0)
     optimizer.step()
 
-    assert torch.equal(tensors["optimizer.1.v"], before)
+    assert torch.equal(tensors["1.v"], before)
 
 
 @pytest.mark.parametrize(
