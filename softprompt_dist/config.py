@@ -223,15 +223,27 @@ class AdaptConfig(Section):
     targets_length: Annotated[int, Field(ge=8)] = 512
     z_loss: Annotated[float, Field(ge=0)] = 1e-4
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    optimizer: Literal["adafactor", "adamw"] = "adafactor"
+    optimizer: Literal["adafactor", "adamw", "rms_scaled_adamw"] = "adafactor"
+    """rms_scaled_adamw: the step is relative to each matrix's root mean square; good from scratch."""
     learning_rate: Annotated[float, Field(gt=0)] = 1.0
     """Peak; with `rsqrt` the rate is learning_rate / sqrt(max(step + start_step, warmup_steps))."""
     schedule: Literal["rsqrt", "constant", "cosine"] = "rsqrt"
     warmup_steps: NotNegative = 10000
     start_step: NotNegative = 1000000
-    """The learning rate's clock; the decay of Adafactor always counts from this run's start."""
+    """The clock of `rsqrt`; the decay of Adafactor always counts from this run's start."""
+    decay_steps: NotNegative = 0
+    """The last so many steps also bring the rate down to 0, linearly."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_gradient_norm: Annotated[float, Field(gt=0)] | None = None
+    """Clip the gradient of all weights together to this norm; T5 does not clip."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """bf16: matrix products in bf16, weights and optimizer in fp32."""
+    compile: bool = False
+    """Use torch.compile; pays off after minutes of training."""
+    export_dtype: Literal["fp32", "bf16"] = "fp32"
     batch: BatchConfig = BatchConfig()
+    log_every_steps: Positive = 10
+    max_validation_examples: Positive = 512
     evaluate_every_steps: Positive = 1000
     checkpoint: CheckpointConfig = CheckpointConfig()
     export_steps: list[Positive] = []
