@@ -30,7 +30,9 @@ _REMEDIES = {
     errno.ENOSPC: "Free some space, or choose another place (--run-dir).",
     errno.EDQUOT: "Free some of the quota, or choose another place (--run-dir).",
 }
-_PEER_LOST = re.compile(r"connection (was )?(closed|reset)|broken pipe|socket closed", re.IGNORECASE)
+_PEER_LOST = re.compile(
+    r"connection (was )?(closed|reset)|broken pipe|socket closed", re.IGNORECASE
+)
 
 
 class Interrupted(SoftpromptError):
@@ -112,7 +114,9 @@ def _as_user_error(error: BaseException) -> SoftpromptError | None:
         return Interrupted("Interrupted.")
     if isinstance(error, OSError) and error.errno in _REMEDIES:
         place = f" {error.filename}:" if error.filename else ""
-        return MachineError(f"Cannot write or read:{place} {error.strerror}. {_REMEDIES[error.errno]}")
+        return MachineError(
+            f"Cannot write or read:{place} {error.strerror}. {_REMEDIES[error.errno]}"
+        )
     if type(error).__name__ == "OutOfMemoryError":
         return MachineError(
             f"{str(error).splitlines()[0]} Lower batch.micro_batch_size and evaluation.batch_size, "
