@@ -1,0 +1,24 @@
+"""One rank of `launch.run_function_on_ranks`: join gloo, call the function, write its result."""
+
+import importlib
+import json
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+def main():
+    target, arguments, result_path = sys.argv[1:]
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    module, name = target.split(":")
+    value = getattr(importlib.import_module(module), name)(**json.loads(arguments))
+    Path(result_path).write_text(json.dumps(value))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
