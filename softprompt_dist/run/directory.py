@@ -1,0 +1,95 @@
+"""The run directory: one place that says where everything of a run lies.
+
+runs/demo/config.yaml        the whole recipe, as run
+          environment.json   versions, commit and hardware of every attempt
+          metrics.jsonl      one line per logged step
+          tensorboard/       the same numbers as TensorBoard events
+          prompt/            best.safetensors, the result
+          checkpoints/       what a resume continues from
+          predictions/       test rows with what the prompt answered
+          plots/             learning curve
+          report.md, results.json
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from softprompt_dist.errors import MachineError
+from softprompt_dist.parallel import ranks
+from softprompt_dist.run.durable import replace_file
+
+
+class RunDirectory:
+    """Paths of one run below `path`; nothing is made before `create`."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.environment = self.path / "environment.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.tensorboard = self.path / "tensorboard"
+        self.prompts = self.path / "prompt"
+        self.checkpoints = self.path / "checkpoints"
+        self.predictions = self.path / "predictions"
+        self.plots = self.path / "plots"
+        self.report = self.path / "report.md"
+        self.results = self.path / "results.json"
+
+    def prepare(self, config_yaml: str, environment: Mapping[str, Any]) -> None:
+        """`create`, then `record`; all ranks.
+
+        Raises:
+            MachineError: on all ranks, when the directory cannot be made or written.
+        """
+        self.create()
+        self.record(config_yaml, environment)
+
+    def create(self) -> None:
+        """Make the folders and try a write, long before the first save needs one; all ranks.
+
+        Raises:
+            MachineError: on all ranks, when the directory cannot be made or written.
+        """
+        ranks.on_main(lambda: self._or_machine_error(self._create))
+
+    def record(self, config_yaml: str, environment: Mapping[str, Any]) -> None:
+        """Write the recipe, and add this attempt to the environments; all ranks.
+
+        Raises:
+            MachineError: on all ranks, when the files cannot be written.
+        """
+        ranks.on_main(
+            lambda: self._or_machine_error(lambda: self._record(config_yaml, environment))
+        )
+
+    def _create(self) -> None:
+        folders = (self.tensorboard, self.prompts, self.checkpoints, self.predictions, self.plots)
+        for folder in (self.path, *folders):
+            folder.mkdir(parents=True, exist_ok=True)
+        probe = self.path / ".write-test"
+        replace_file(probe, b"")
+        probe.unlink()
+
+    def _record(self, config_yaml: str, environment: Mapping[str, Any]) -> None:
+        replace_file(self.config, config_yaml.encode())
+        attempts = [*self._earlier_attempts(), dict(environment)]
+        replace_file(self.environment, json.dumps({"attempts": attempts}, indent=2).encode())
+
+    def _earlier_attempts(self) -> list[Any]:
+        try:
+            return list(json.loads(self.environment.read_bytes())["attempts"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return []
+
+    def _or_machine_error(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except OSError as error:
+            raise MachineError(
+                f"The run directory {self.path} cannot be written: {error}. Pass --run-dir with a "
+                "folder that you may write, or free space there."
+            ) from error
