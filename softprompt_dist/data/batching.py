@@ -1,0 +1,144 @@
+"""Text pairs to token ids, and token ids to padded batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from softprompt_dist.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from softprompt_dist.data.tasks import Example
+
+Family = Literal["seq2seq", "causal"]
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class TokenExample:
+    """Token ids of one input and its target, without padding."""
+
+    input_ids: tuple[int, ...]
+    target_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """Examples as ids, and how many inputs were longer than the limit and cut."""
+
+    examples: tuple[TokenExample, ...]
+    num_truncated: int
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """B examples padded to S input and T target positions; int64, masks 1 at tokens, else 0."""
+
+    input_ids_BS: torch.Tensor
+    input_mask_BS: torch.Tensor
+    target_ids_BT: torch.Tensor
+    target_mask_BT: torch.Tensor
+
+    def to(self, device: torch.device | str) -> TokenBatch:
+        """The same batch on `device`."""
+        return TokenBatch(
+            self.input_ids_BS.to(device),
+            self.input_mask_BS.to(device),
+            self.target_ids_BT.to(device),
+            self.target_mask_BT.to(device),
+        )
+
+    @property
+    def labels_BT(self) -> torch.Tensor:  # noqa: N802
+        """Target ids, -100 where padded."""
+        return self.target_ids_BT.masked_fill(self.target_mask_BT == 0, IGNORED_LABEL)
+
+
+def tokenise(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    family: Family,
+    max_input_tokens: int,
+    append_eos: bool,
+) -> Tokenised:
+    """Ids of inputs and targets; inputs of more than `max_input_tokens` ids are cut and counted.
+
+    seq2seq: the input ends in the end-of-sequence piece, which counts, and loses its end when cut
+    (as in T5). causal: no special tokens, and it loses its beginning, since the target continues
+    its end. `append_eos` adds the end-of-sequence piece to the target.
+
+    Raises:
+        DataError: the tokenizer has no end-of-sequence piece and one is needed, or a text has no
+            token at all.
+    """
+    if not examples:
+        return Tokenised((), 0)
+    input_end = _end_of_sequence(tokenizer) if family == "seq2seq" else ()
+    target_end = _end_of_sequence(tokenizer) if append_eos else ()
+    inputs = _encode([example.input_text for example in examples], tokenizer)
+    targets = _encode([example.target_text for example in examples], tokenizer)
+    room = max_input_tokens - len(input_end)
+    return Tokenised(
+        tuple(
+            TokenExample((*_cut(ids, room, family), *input_end), (*target, *target_end))
+            for ids, target in zip(inputs, targets, strict=True)
+        ),
+        num_truncated=sum(len(ids) > room for ids in inputs),
+    )
+
+
+def collate(examples: Sequence[TokenExample], *, pad_id: int, family: Family) -> TokenBatch:
+    """Pad to the longest: targets on the right, inputs on the right (seq2seq) or left (causal).
+
+    Left padding makes a causal model's target follow its input directly in every row.
+    """
+    inputs = [example.input_ids for example in examples]
+    targets = [example.target_ids for example in examples]
+    input_ids_BS, input_mask_BS = _pad(inputs, pad_id, left=family == "causal")
+    target_ids_BT, target_mask_BT = _pad(targets, pad_id, left=False)
+    return TokenBatch(input_ids_BS, input_mask_BS, target_ids_BT, target_mask_BT)
+
+
+def _pad(
+    rows: Sequence[Sequence[int]], pad_id: int, *, left: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(len(row) for row in rows)
+    ids_BL = torch.full((len(rows), width), pad_id, dtype=torch.int64)
+    mask_BL = torch.zeros_like(ids_BL)
+    for index, row in enumerate(rows):
+        place = slice(width - len(row), width) if left else slice(0, len(row))
+        ids_BL[index, place] = torch.tensor(row, dtype=torch.int64)
+        mask_BL[index, place] = 1
+    return ids_BL, mask_BL
+
+
+def _cut(ids: Sequence[int], room: int, family: Family) -> Sequence[int]:
+    return ids[:room] if family == "seq2seq" else ids[-room:]
+
+
+def _encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    rows: list[list[int]] = tokenizer(
+        list(texts), add_special_tokens=False, truncation=False, verbose=False
+    )["input_ids"]
+    for text, ids in zip(texts, rows, strict=True):
+        if not ids:
+            raise DataError(
+                f"Text {text!r} has no token in this model's vocabulary; remove the row."
+            )
+    return rows
+
+
+def _end_of_sequence(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            "The backbone's tokenizer has no end-of-sequence piece (eos_token), which seq2seq "
+            "inputs and task.append_eos need. Set task.append_eos=false, or add eos_token to the "
+            "tokenizer's config."
+        )
+    return (tokenizer.eos_token_id,)
