@@ -1,0 +1,37 @@
+"""Scores to beat: what can be had without a language model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from softprompt_dist.data.tasks import Example, TaskData
+
+
+def majority_class(task: TaskData, split_examples: Sequence[Example]) -> list[str]:
+    """The most frequent target of `task.train` for every example; ties go to the earlier label."""
+    counts = Counter(example.target_text for example in task.train)
+    return [max(task.labels, key=lambda label: counts[label])] * len(split_examples)
+
+
+def naive_bayes(task: TaskData, split_examples: Sequence[Example]) -> list[str]:
+    """Targets predicted by multinomial naive Bayes fitted on `task.train`.
+
+    scikit-learn's defaults: CountVectorizer (lower case, words of two or more characters) and
+    MultinomialNB (alpha 1). Falls back to the majority class where no training text has a word.
+    """
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.naive_bayes import MultinomialNB
+
+    vectorizer = CountVectorizer()
+    texts = [example.input_text for example in task.train]
+    if not any(map(vectorizer.build_analyzer(), texts)):
+        return majority_class(task, split_examples)
+    targets = [example.target_text for example in task.train]
+    classifier = MultinomialNB().fit(vectorizer.fit_transform(texts), targets)
+    if not split_examples:
+        return []
+    asked = vectorizer.transform([example.input_text for example in split_examples])
+    return [str(target) for target in classifier.predict(asked)]
