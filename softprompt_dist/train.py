@@ -49,7 +49,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Only now torch and its like: a wrong option or recipe is answered at once.
     from softprompt_dist.parallel import ranks
     from softprompt_dist.parallel.join import join_world, leave_world
-    from softprompt_dist.run.session import train
 
     if options.dry_run:
         if ranks.is_main():
@@ -58,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if without_recipe and ranks.is_main():
         print(f"No --recipe given: running the {DEMO_RECIPE!r} recipe.", flush=True)
     join_world(debug=options.debug)
+    from softprompt_dist.run.session import train
+
     train(config, ds_config, fresh=options.fresh, must_resume=options.resume)
     leave_world()
 

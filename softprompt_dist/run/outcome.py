@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from pathlib import Path
 
 
 from softprompt_dist.data.floors import majority_class, naive_bayes
@@ -19,15 +21,15 @@ from softprompt_dist.run.report import (
     results_table,
     write_report,
 )
-from softprompt_dist.run.tuning import Split, TuningRun
+from softprompt_dist.run.tuning import Bench, Split, TuningRun
 
 
-def test_split(run: TuningRun) -> Split:
+def test_split(run: Bench) -> Split:
     """The examples that the run's test score counts."""
     return run.splits["test"].first(run.config.evaluation.max_test_examples)
 
 
-def count_correct(predictions: list[str], examples: tuple[Example, ...]) -> int:
+def count_correct(predictions: Sequence[str], examples: Sequence[Example]) -> int:
     """How many predictions equal their targets (white space at the ends aside)."""
     targets = [example.target_text.strip() for example in examples]
     return sum(p.strip() == t for p, t in zip(predictions, targets, strict=True))
@@ -66,12 +68,7 @@ def _write(
         ScoreRow("untuned prompt", state.untuned_correct, total),
         ScoreRow("tuned prompt", count_correct(predictions, split.texts), total),
     ]
-    lines = [
-        json.dumps({"input": e.input_text, "target": e.target_text.strip(), "prediction": p})
-        for e, p in zip(split.texts, predictions, strict=True)
-    ]
-    directory.predictions.mkdir(exist_ok=True)
-    (directory.predictions / "test.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_predictions(directory.predictions / "test.jsonl", split.texts, predictions)
     write_report(directory, rows)
     floors = {row.name: row.correct / total for row in rows[:2]}
     plot = directory.plots / "learning_curve.png"
@@ -81,3 +78,16 @@ def _write(
     journal.say(f"Learning curve: {plot}")
 
 
+
+
+def write_predictions(path: Path, examples: Sequence[Example], predictions: Sequence[str]) -> None:
+    """One JSON object a row: input, target, prediction."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for example, prediction in zip(examples, predictions, strict=True):
+            row = {
+                "input": example.input_text,
+                "target": example.target_text.strip(),
+                "prediction": prediction,
+            }
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -40,18 +40,24 @@ class Split:
 
 
 @dataclass(frozen=True)
-class TuningRun:
-    """A checked recipe and what was built from it. Only `prompt` (and its optimizer) ever changes."""
+class Bench:
+    """A checked recipe with its data and frozen backbone: all that scoring a prompt takes."""
 
     config: TuneConfig
     task: TaskData
     tokenizer: PreTrainedTokenizerBase
     splits: dict[str, Split]
     backbone: Backbone
-    backbone_checksum: str
+    scorer: Scorer
+
+
+@dataclass(frozen=True)
+class TuningRun(Bench):
+    """A bench with a prompt on it. Only `prompt` (and its optimizer's state) ever changes."""
+
     prompt: SoftPrompt
     optimizer: torch.optim.Optimizer
-    scorer: Scorer
+    backbone_checksum: str
 
     @property
     def accumulation_steps(self) -> int:
@@ -90,14 +96,14 @@ def check_world(config: TuneConfig, world_size: int) -> None:
         )
 
 
-def build_tuning_run(config: TuneConfig, ds_config: dict[str, Any] | None = None) -> TuningRun:
-    """All ranks: data, backbone, prompt and optimizer of a recipe, with the invariants checked.
+def build_bench(config: TuneConfig, ds_config: dict[str, Any] | None = None) -> Bench:
+    """All ranks: data, tokenizer and frozen backbone of a recipe.
 
     Raises:
         SoftpromptError: anything in the recipe, data, backbone or machine that cannot work.
     """
-    check_world(config, ranks.world_size())
-    ranks.on_main(lambda: _warm_up_source(config))
+    # Rank 0 fetches what the source needs once; the others find it in the cache.
+    ranks.on_main(lambda: bool(load_task(config.task)))
     task = ranks.together(lambda: load_task(config.task))
     tokenizer = load_tokenizer(locate_backbone(config.backbone))
     backbone = load_backbone(config.backbone, ds_config)
@@ -105,21 +111,27 @@ def build_tuning_run(config: TuneConfig, ds_config: dict[str, Any] | None = None
         name: _tokenised(config, tokenizer, backbone, name, getattr(task, name))
         for name in ("train", "validation", "test")
     }
-    torch.manual_seed(config.seed + ranks.rank())
-    prompt = SoftPrompt(_initial_prompt(config, task, tokenizer, backbone)).to(ranks.device())
     labels = _label_set(config, task, tokenizer, backbone)
+    evaluation = config.evaluation
+    scorer = Scorer(backbone, tokenizer, labels, evaluation.method, evaluation.batch_size)
+    return Bench(config, task, tokenizer, splits, backbone, scorer)
+
+
+def build_tuning_run(config: TuneConfig, ds_config: dict[str, Any] | None = None) -> TuningRun:
+    """All ranks: a bench, the prompt on it and its optimizer, with the invariants checked.
+
+    Raises:
+        SoftpromptError: see `build_bench`; or the ranks do not divide the batch.
+    """
+    check_world(config, ranks.world_size())
+    bench = build_bench(config, ds_config)
+    torch.manual_seed(config.seed + ranks.rank())
+    prompt = SoftPrompt(_initial_prompt(bench)).to(ranks.device())
     run = TuningRun(
-        config=config,
-        task=task,
-        tokenizer=tokenizer,
-        splits=splits,
-        backbone=backbone,
-        backbone_checksum=local_checksum(backbone),
+        **vars(bench),
         prompt=prompt,
         optimizer=build_optimizer(config.optimizer, [prompt.weight]),
-        scorer=Scorer(
-            backbone, tokenizer, labels, config.evaluation.method, config.evaluation.batch_size
-        ),
+        backbone_checksum=local_checksum(bench.backbone),
     )
     assert_only_prompt_trains(run)
     return run
@@ -138,11 +150,6 @@ def assert_only_prompt_trains(run: TuningRun) -> None:
             f"Only the prompt may train, in fp32: backbone weights {trainable[:5]} require gradients; "
             f"the prompt: requires_grad={prompt.requires_grad}, {prompt.dtype}."
         )
-
-
-def _warm_up_source(config: TuneConfig) -> None:
-    """Rank 0 fetches what the source needs once, so that the others find it in the cache."""
-    load_task(config.task)
 
 
 def _tokenised(
@@ -181,17 +188,16 @@ def _label_set(
     )
 
 
-def _initial_prompt(
-    config: TuneConfig, task: TaskData, tokenizer: PreTrainedTokenizerBase, backbone: Backbone
-) -> Tensor:
+def _initial_prompt(bench: Bench) -> Tensor:
     """Drawn once on every rank, then rank 0's is taken by all."""
     initial_PD = initialise_prompt(
-        config.prompt,
-        embed=backbone.embed,
-        vocabulary_size=backbone.vocabulary_size,
-        encode=lambda text: tokenizer.encode(text, add_special_tokens=False),
-        labels=task.labels,
-        d_model=backbone.d_model,
-        generator=torch.Generator().manual_seed(config.seed),
+        bench.config.prompt,
+        embed=bench.backbone.embed,
+        vocabulary_size=bench.backbone.vocabulary_size,
+        encode=lambda text: bench.tokenizer.encode(text, add_special_tokens=False),
+        labels=bench.task.labels,
+        d_model=bench.backbone.d_model,
+        generator=torch.Generator().manual_seed(bench.config.seed),
+        backbone_fingerprint=bench.backbone.fingerprint,
     )
     return ranks.broadcast(initial_PD.to(ranks.device()).contiguous())

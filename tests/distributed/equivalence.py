@@ -23,11 +23,16 @@ EXAMPLES = (
     TokenExample((17, 1), (25, 26, 1)),
 )
 Z_LOSS = 0.0
+# Without this DeepSpeed leaves tensors as small as these whole on every rank.
+PARTITION_EVERYTHING = {
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}
+}
 
 
 def gradient_on_this_rank(folder: str, prompt_file: str, sharding: str) -> dict[str, Any]:
     """Loss and prompt gradient over all ranks; the gradient goes to a file beside the prompt."""
-    backbone = load_backbone(BackboneConfig(path=folder, sharding=sharding, dropout=0.0))
+    config = BackboneConfig(path=folder, sharding=sharding, dropout=0.0)
+    backbone = load_backbone(config, PARTITION_EVERYTHING if sharding == "zero3" else None)
     before = local_checksum(backbone)
     prompt = SoftPrompt(load_file(prompt_file)["prompt"])
     share = len(EXAMPLES) // ranks.world_size()

@@ -1,0 +1,59 @@
+"""Scoring a prompt file, in a world that was joined already."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from softprompt_dist.config import TuneConfig
+from softprompt_dist.data.floors import majority_class, naive_bayes
+from softprompt_dist.parallel import ranks
+from softprompt_dist.prompt.file import load_prompt
+from softprompt_dist.prompt.module import SoftPrompt
+from softprompt_dist.run.outcome import count_correct, write_predictions
+from softprompt_dist.run.report import ScoreRow, results_table
+from softprompt_dist.run.tuning import build_bench
+
+
+def evaluate(
+    config: TuneConfig,
+    prompt_file: Path,
+    split_name: str,
+    *,
+    ds_config: dict[str, Any] | None = None,
+    output: Path | None = None,
+    force: bool = False,
+) -> list[str]:
+    """All ranks: predictions of a prompt on a split; rank 0 prints the score beside its floors.
+
+    Raises:
+        PromptFileError: the file is unreadable, or belongs to another backbone and not `force`.
+        SoftpromptError: see `build_bench`.
+    """
+    ranks.together(lambda: load_prompt(prompt_file))  # before any weight is read
+    bench = build_bench(config, ds_config)
+    prompt_PD, _ = ranks.together(
+        lambda: load_prompt(
+            prompt_file, backbone_fingerprint=bench.backbone.fingerprint, force=force
+        )
+    )
+    split = bench.splits[split_name]
+    if split_name == "test":
+        split = split.first(config.evaluation.max_test_examples)
+    predictions = bench.scorer.predict(SoftPrompt(prompt_PD).to(ranks.device()), split.tokens)
+
+    def show() -> None:
+        rows = [
+            ScoreRow(name, count_correct(answers, split.texts), len(split.texts))
+            for name, answers in (
+                ("majority class", majority_class(bench.task, split.texts)),
+                ("naive Bayes", naive_bayes(bench.task, split.texts)),
+                ("tuned prompt", predictions),
+            )
+        ]
+        print(f"{bench.task.name}, {split_name}\n{results_table(rows)}", flush=True)
+        if output is not None:
+            write_predictions(output, split.texts, predictions)
+
+    ranks.on_main(show)
+    return predictions
