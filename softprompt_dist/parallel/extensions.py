@@ -93,9 +93,9 @@ def wait_for_builder(lock: Path, *, several_nodes: bool) -> None:
             unheld_since = unheld_since or time.monotonic()
             if time.monotonic() - unheld_since >= _SURE_SECONDS:
                 raise MachineError(
-                    f"{lock} is {age:.0f} s old and no running process holds it: a build was killed, "
-                    f"and every start would wait for it for ever. Delete it (rm '{lock}') and start "
-                    "again."
+                    f"{lock} is {age:.0f} s old and no running process holds it: a build was "
+                    "killed, and every start would wait for it for ever. "
+                    f"Delete it (rm '{lock}') and start again."
                 )
         time.sleep(_POLL_SECONDS)
 

@@ -66,7 +66,7 @@ def fill_rank_variables(environ: MutableMapping[str, str]) -> None:
     """
     if "RANK" in environ or int(environ.get("WORLD_SIZE") or "1") > 1:
         return
-    if "SLURM_PROCID" in environ and environ.get("SLURM_STEP_ID", environ.get("SLURM_STEPID")):
+    if "SLURM_PROCID" in environ and (environ.get("SLURM_STEP_ID") or environ.get("SLURM_STEPID")):
         _fill_from_slurm(environ)
         return
     if int(environ.get("SLURM_NTASKS") or "1") > 1 and "SLURM_PROCID" in environ:
@@ -106,7 +106,7 @@ def check_rank_variables(environ: Mapping[str, str]) -> None:
     if missing:
         given = [f"{name}={environ[name]}" for name in _RANK_VARIABLES if environ.get(name)]
         raise MachineError(
-            f"Found {', '.join(given) or 'no variable of a launcher'} without {', '.join(missing)}; "
+            f"Found {', '.join(given) or 'nothing'} without {', '.join(missing)}; "
             f"a launcher sets all of them. {remedy}"
         )
     numbers = {name: environ[name] for name in _RANK_VARIABLES if name != "MASTER_ADDR"}

@@ -1,7 +1,7 @@
 """The world of ranks: joining it, walking through collectives together, agreeing on errors.
 
-Functions that contain a collective say "all ranks" in their first line. They must be reached by every
-rank, or by none.
+Functions that contain a collective say "all ranks" in their first line. They must be reached
+by every rank, or by none.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ def rank() -> int:
 
 def world_size() -> int:
     """Number of ranks; 1 outside a distributed run."""
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_rank() -> int:
@@ -79,7 +81,8 @@ def broadcast_object(value: T) -> T:
         return value
     box: list[Any] = [value]
     dist.broadcast_object_list(box, src=0)
-    return box[0]
+    received: T = box[0]
+    return received
 
 
 def gather_objects(value: T) -> list[T]:
@@ -92,7 +95,7 @@ def gather_objects(value: T) -> list[T]:
 
 
 def together(work: Callable[[], T]) -> T:
-    """Run `work` on all ranks; if it fails with a user error on any, all raise the first such error.
+    """Run `work` on all ranks; if it fails with a user error on any, all raise the first one.
 
     `work` must contain no collective: a rank that fails would leave the others waiting in it.
     """

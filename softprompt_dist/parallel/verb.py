@@ -30,12 +30,10 @@ _REMEDIES = {
     errno.ENOSPC: "Free some space, or choose another place (--run-dir).",
     errno.EDQUOT: "Free some of the quota, or choose another place (--run-dir).",
 }
-_PEER_LOST = re.compile(
-    r"connection (was )?(closed|reset)|broken pipe|socket closed", re.IGNORECASE
-)
+_PEER_LOST = re.compile(r"connection (was )?(closed|reset)|broken pipe", re.IGNORECASE)
 
 
-class Interrupted(SoftpromptError):
+class InterruptedByUserError(SoftpromptError):
     """The user pressed Ctrl-C."""
 
     exit_code = 130
@@ -111,12 +109,11 @@ def _as_user_error(error: BaseException) -> SoftpromptError | None:
     if isinstance(error, SoftpromptError):
         return error
     if isinstance(error, KeyboardInterrupt):
-        return Interrupted("Interrupted.")
+        return InterruptedByUserError("Interrupted.")
     if isinstance(error, OSError) and error.errno in _REMEDIES:
         place = f" {error.filename}:" if error.filename else ""
-        return MachineError(
-            f"Cannot write or read:{place} {error.strerror}. {_REMEDIES[error.errno]}"
-        )
+        remedy = _REMEDIES[error.errno]
+        return MachineError(f"Cannot read or write:{place} {error.strerror}. {remedy}")
     if type(error).__name__ == "OutOfMemoryError":
         return MachineError(
             f"{str(error).splitlines()[0]} Lower batch.micro_batch_size and evaluation.batch_size, "
