@@ -17,6 +17,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 from softprompt_dist.data.corpus import open_text
 from softprompt_dist.errors import DataError
@@ -133,15 +134,24 @@ def novel_documents(path: Path) -> Iterator[str]:
     yield " ".join(document)
 
 
-def write_documents(path: Path, documents: Iterable[str], held_out: frozenset[str]) -> int:
-    """Write the documents, one a line, without those of `held_out`; returns the characters written."""
+def write_documents(
+    path: Path, documents: Iterable[str], held_out: frozenset[str], validation: IO[str]
+) -> int:
+    """Write the documents, one a line, without those of `held_out`; one in 128 goes to `validation`.
+
+    Returns:
+        The number of characters written to `path`.
+    """
     written = 0
     with path.open("w", encoding="utf-8") as out:
         for document in documents:
-            text = " ".join(document.split())
+            text = " ".join(document.split())[:MAX_DOCUMENT_CHARACTERS]
             if len(text) < MIN_DOCUMENT_CHARACTERS or match_key(text) in held_out:
                 continue
-            written += out.write(text[:MAX_DOCUMENT_CHARACTERS] + "\n")
+            if hashlib.sha256(text.encode()).digest()[-1] < 2:
+                validation.write(text + "\n")
+            else:
+                written += out.write(text + "\n")
     return written
 
 
@@ -201,9 +211,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise DataError("No source is given. Give at least one, such as --novels FILE.")
     held_out = frozenset(match_key(t) for path in arguments.held_out for t in json_texts(path))
     arguments.out.mkdir(parents=True, exist_ok=True)
-    for name, documents in sources.items():
-        characters = write_documents(arguments.out / f"{name}.txt", documents, held_out)
-        print(f"{name}: {characters:,} characters")
+    with (arguments.out / "validation.txt").open("w", encoding="utf-8") as validation:
+        for name, documents in sources.items():
+            path = arguments.out / f"{name}.txt"
+            characters = write_documents(path, documents, held_out, validation)
+            print(f"{name}: {characters:,} characters")
     if arguments.tokenizer:
         small = [n for n in sources if n == "questions" or n.startswith("vader-")]
         files = [arguments.out / f"{name}.txt" for name in [*sources, *small * 7]]
