@@ -1,0 +1,171 @@
+"""The prompt file: one safetensors file with the tensor `prompt` [P, D] in fp32 and its metadata.
+
+The metadata is one JSON object under the header's key `softprompt`, so the same prompt with the
+same metadata is the same bytes. What is read is checked first, and nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from softprompt_dist.errors import PromptFileError
+from softprompt_dist.run.durable import replace_file
+
+log = logging.getLogger(__name__)
+
+TENSOR_KEY = "prompt"
+METADATA_KEY = "softprompt"
+MAX_HEADER_BYTES = 1 << 20
+_LENGTH_BYTES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptMetadata:
+    """What a prompt belongs to and how it came about."""
+
+    backbone_fingerprint: str
+    backbone: str
+    """Path or name as in the recipe."""
+    tokenizer_fingerprint: str
+    task: str
+    initialisation: str
+    step: int
+    """Number of updates."""
+    metric: str
+    score: float
+    """Value of `metric` on the validation split."""
+    prompt_length: int
+    """P."""
+    d_model: int
+    """D."""
+    version: str
+    """Of this package."""
+
+
+def save_prompt(path: str | Path, prompt_PD: Tensor, metadata: PromptMetadata) -> None:
+    """Write a prompt file; a reader sees the earlier file or this one, whole.
+
+    Raises:
+        PromptFileError: the prompt is not a finite fp32 tensor of the metadata's shape, or the file
+            cannot be written.
+    """
+    path = Path(path)
+    _check_tensor(path, prompt_PD, metadata)
+    header = {METADATA_KEY: json.dumps(dataclasses.asdict(metadata), sort_keys=True)}
+    content = save({TENSOR_KEY: prompt_PD.detach().cpu().contiguous()}, header)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, content)
+    except OSError as error:
+        raise PromptFileError(
+            f"Cannot write prompt file {path}: {error.strerror or error}. Free some space, or "
+            "choose a folder that can be written to."
+        ) from error
+
+
+def load_prompt(
+    path: str | Path, *, backbone_fingerprint: str | None = None, force: bool = False
+) -> tuple[Tensor, PromptMetadata]:
+    """Read a prompt file.
+
+    Args:
+        path: the file.
+        backbone_fingerprint: the backbone it must have been tuned for; None: any.
+        force: take a prompt of another backbone all the same, with a warning.
+
+    Returns:
+        prompt_PD in fp32 on the CPU, and its metadata.
+
+    Raises:
+        PromptFileError: missing, not such a file, truncated, not finite, or of another backbone.
+    """
+    path = Path(path)
+    _check_header_length(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys, header = list(file.keys()), file.metadata() or {}
+            if keys != [TENSOR_KEY]:
+                raise PromptFileError(
+                    f"{path} holds the tensors {sorted(keys)[:5]}, but a prompt file holds "
+                    f"{TENSOR_KEY!r} alone."
+                )
+            prompt_PD = file.get_tensor(TENSOR_KEY).clone()
+    except (SafetensorError, OSError) as error:
+        raise PromptFileError(f"{path} is not a whole safetensors file: {error}") from error
+    metadata = _read_metadata(path, header)
+    _check_tensor(path, prompt_PD, metadata)
+    _check_backbone(path, metadata, backbone_fingerprint, force=force)
+    return prompt_PD, metadata
+
+
+def _check_header_length(path: Path) -> None:
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+    except OSError as error:
+        raise PromptFileError(f"Cannot read prompt file {path}: {error.strerror}.") from error
+    if header_bytes > MAX_HEADER_BYTES or size < _LENGTH_BYTES + header_bytes:
+        raise PromptFileError(
+            f"{path} ({size} bytes) is not a prompt file, or only a part of one. Prompt files are "
+            "safetensors; pickled ones (.pt, .bin, .pkl) are never read."
+        )
+
+
+def _read_metadata(path: Path, header: dict[str, str]) -> PromptMetadata:
+    try:
+        values = json.loads(header[METADATA_KEY])
+        return PromptMetadata(
+            **{field.name: _typed(values, field) for field in dataclasses.fields(PromptMetadata)}
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise PromptFileError(
+            f"{path} is a safetensors file without the metadata of a prompt file ({error!r}). "
+            "Use a file that `softprompt train` wrote."
+        ) from error
+
+
+def _typed(values: Any, field: dataclasses.Field[Any]) -> Any:
+    value = values[field.name]
+    # Annotations are strings here. A whole number is a float too; a bool is no number.
+    if field.type == "float" and type(value) is int:
+        return float(value)
+    if type(value).__name__ != field.type:
+        raise TypeError(f"{field.name} is {value!r}, not a {field.type}")
+    return value
+
+
+def _check_tensor(path: Path, prompt_PD: Tensor, metadata: PromptMetadata) -> None:
+    expected = (metadata.prompt_length, metadata.d_model)
+    if prompt_PD.dtype != torch.float32 or tuple(prompt_PD.shape) != expected or 0 in expected:
+        raise PromptFileError(
+            f"{path}: the prompt is {tuple(prompt_PD.shape)} in {prompt_PD.dtype}, but must be "
+            f"{expected}, as its metadata says, in torch.float32."
+        )
+    num_bad = int((~torch.isfinite(prompt_PD)).sum())
+    if num_bad:
+        raise PromptFileError(f"{path}: {num_bad} values of the prompt are NaN or infinite.")
+
+
+def _check_backbone(
+    path: Path, metadata: PromptMetadata, fingerprint: str | None, *, force: bool
+) -> None:
+    if fingerprint is None or fingerprint == metadata.backbone_fingerprint:
+        return
+    message = (
+        f"{path} was tuned for backbone {metadata.backbone!r} with fingerprint "
+        f"{metadata.backbone_fingerprint}, but this backbone has fingerprint {fingerprint}. "
+        "A prompt works only with the weights it was tuned for."
+    )
+    if not force:
+        raise PromptFileError(f"{message} Use that backbone, or force it (--force, force=True).")
+    log.warning("%s Used all the same, as forced.", message)

@@ -1,0 +1,184 @@
+import dataclasses
+import json
+import logging
+import os
+import pickle
+import struct
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from softprompt_dist.errors import PromptFileError
+from softprompt_dist.prompt.file import PromptMetadata, load_prompt, save_prompt
+
+METADATA = PromptMetadata(
+    backbone_fingerprint="f" * 32,
+    backbone="demo:tiny-t5",
+    tokenizer_fingerprint="e" * 32,
+    task="vader-movies",
+    initialisation="class_labels",
+    step=30_000,
+    metric="accuracy",
+    score=0.875,
+    prompt_length=3,
+    d_model=4,
+    version="0.1.0",
+)
+PROMPT = torch.arange(12.0).reshape(3, 4) * 1e-3
+HEADER = {"softprompt": json.dumps(dataclasses.asdict(METADATA))}
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "prompts" / "best.safetensors"
+
+
+def with_metadata(**changes):
+    return {"softprompt": json.dumps({**dataclasses.asdict(METADATA), **changes})}
+
+
+def test_what_was_saved_is_loaded_to_the_bit(path):
+    save_prompt(path, PROMPT, METADATA)
+
+    prompt, metadata = load_prompt(path, backbone_fingerprint=METADATA.backbone_fingerprint)
+
+    assert torch.equal(prompt, PROMPT)
+    assert metadata == METADATA
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_same_prompt_and_metadata_are_the_same_bytes(path):
+    save_prompt(path, PROMPT, METADATA)
+    first = path.read_bytes()
+
+    save_prompt(path, PROMPT.clone().requires_grad_(), METADATA)
+
+    assert path.read_bytes() == first
+
+
+def test_loaded_prompt_outlives_the_file(path):
+    save_prompt(path, PROMPT, METADATA)
+    prompt, _ = load_prompt(path)
+
+    path.write_bytes(b"\0" * path.stat().st_size)
+
+    assert torch.equal(prompt, PROMPT)
+
+
+def test_every_truncation_is_refused(path):
+    save_prompt(path, PROMPT, METADATA)
+    whole = path.read_bytes()
+
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(PromptFileError):
+            load_prompt(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"not a prompt",
+        os.urandom(4096),
+        pickle.dumps({"prompt": [1.0]}),
+        struct.pack("<Q", 1 << 40) + b"{}",
+        struct.pack("<Q", 2) + b"[]",
+        struct.pack("<Q", (1 << 20) + 1) + b" " * (2 << 20),
+    ],
+    ids=["empty", "text", "noise", "pickle", "huge header", "no header", "header over the cap"],
+)
+def test_file_of_another_kind_is_refused(path, content):
+    path.parent.mkdir()
+    path.write_bytes(content)
+
+    with pytest.raises(PromptFileError, match=r"best\.safetensors"):
+        load_prompt(path)
+
+
+def test_pickled_prompt_is_never_executed(path, tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "executed"),))
+
+    path.parent.mkdir()
+    torch.save({"prompt": Payload()}, path)
+
+    with pytest.raises(PromptFileError, match="never read"):
+        load_prompt(path)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "header", "message"),
+    [
+        ({"prompt": PROMPT, "weight": PROMPT.clone()}, HEADER, "alone"),
+        ({"weight": PROMPT}, HEADER, "alone"),
+        ({"prompt": PROMPT}, None, "metadata"),
+        ({"prompt": PROMPT}, {"softprompt": "{"}, "metadata"),
+        ({"prompt": PROMPT}, {"softprompt": "[1]"}, "metadata"),
+        ({"prompt": PROMPT}, with_metadata(step="1"), "step"),
+        ({"prompt": PROMPT}, with_metadata(step=True), "step"),
+        ({"prompt": PROMPT.bfloat16()}, HEADER, "float32"),
+        ({"prompt": PROMPT.flatten()}, HEADER, r"\(3, 4\)"),
+        ({"prompt": PROMPT}, with_metadata(prompt_length=4), r"\(4, 4\)"),
+        ({"prompt": PROMPT[:0]}, with_metadata(prompt_length=0), r"\(0, 4\)"),
+        ({"prompt": PROMPT / 0}, HEADER, "12 values .* NaN or infinite"),
+    ],
+)
+def test_safetensors_that_are_no_prompt_file_are_refused(path, tensors, header, message):
+    path.parent.mkdir()
+    save_file(tensors, path, header)
+
+    with pytest.raises(PromptFileError, match=message):
+        load_prompt(path)
+
+
+@pytest.mark.parametrize("name", ["missing.safetensors", "."])
+def test_path_without_a_file_is_refused(tmp_path, name):
+    with pytest.raises(PromptFileError, match="Cannot read"):
+        load_prompt(tmp_path / name)
+
+
+def test_prompt_of_another_backbone_is_refused_showing_both(path):
+    save_prompt(path, PROMPT, METADATA)
+
+    with pytest.raises(PromptFileError, match=f"{METADATA.backbone_fingerprint}.*0123"):
+        load_prompt(path, backbone_fingerprint="0123")
+
+
+def test_prompt_of_another_backbone_can_be_forced_with_a_warning(path, caplog):
+    save_prompt(path, PROMPT, METADATA)
+
+    with caplog.at_level(logging.WARNING):
+        prompt, _ = load_prompt(path, backbone_fingerprint="0123", force=True)
+
+    assert torch.equal(prompt, PROMPT)
+    assert "0123" in caplog.text
+    assert METADATA.backbone_fingerprint in caplog.text
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [PROMPT.bfloat16(), PROMPT[:2], torch.full((3, 4), float("nan"))],
+    ids=["bf16", "shape", "nan"],
+)
+def test_bad_prompt_does_not_replace_a_good_file(path, prompt):
+    save_prompt(path, PROMPT, METADATA)
+
+    with pytest.raises(PromptFileError):
+        save_prompt(path, prompt, METADATA)
+
+    assert torch.equal(load_prompt(path)[0], PROMPT)
+
+
+def test_failed_write_keeps_the_old_file_and_leaves_nothing_else(path, monkeypatch):
+    save_prompt(path, PROMPT, METADATA)
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space")))
+
+    with pytest.raises(PromptFileError, match="No space"):
+        save_prompt(path, PROMPT + 1, METADATA)
+
+    assert torch.equal(load_prompt(path)[0], PROMPT)
+    assert os.listdir(path.parent) == [path.name]
