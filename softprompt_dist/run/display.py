@@ -1,0 +1,123 @@
+"""What a person sees of a run: a bar with the time left on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from datetime import timedelta
+from time import monotonic
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+TRAIN = "train"
+SECONDS_BETWEEN_LINES = 5.0
+
+
+class Display(Protocol):
+    """Where a run's progress appears."""
+
+    def show(self, step: int, kind: str, metrics: Mapping[str, float]) -> None:
+        """Show the metrics of a step, or not, as there is room."""
+
+    def say(self, text: str) -> None:
+        """Show `text`, always."""
+
+    def close(self) -> None:
+        """Leave the screen in order."""
+
+
+class Silence:
+    """The display of all ranks but rank 0."""
+
+    def show(self, step: int, kind: str, metrics: Mapping[str, float]) -> None:
+        """Show nothing."""
+
+    def say(self, text: str) -> None:
+        """Say nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class Lines:
+    """Plain lines on stdout with the time left: train steps every few seconds, all else always."""
+
+    def __init__(self, total_steps: int) -> None:
+        self._total_steps = total_steps
+        self._first: tuple[int, float] | None = None
+        self._last_shown_at = -SECONDS_BETWEEN_LINES
+
+    def show(self, step: int, kind: str, metrics: Mapping[str, float]) -> None:
+        """Print a line; a train step only if the last one was printed some seconds ago."""
+        now = monotonic()
+        if kind != TRAIN:
+            self.say(self._line(step, kind, metrics))
+            return
+        self._first = self._first or (step, now)
+        is_due = now - self._last_shown_at >= SECONDS_BETWEEN_LINES
+        if is_due or step == self._total_steps:
+            self._last_shown_at = now
+            self.say(f"{self._line(step, kind, metrics)}  ETA {self._time_left(step, now)}")
+
+    def say(self, text: str) -> None:
+        """Print `text` at once, also into a pipe."""
+        print(text, flush=True)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def _line(self, step: int, kind: str, metrics: Mapping[str, float]) -> str:
+        width = len(str(self._total_steps))
+        return f"step {step:>{width}}/{self._total_steps}  {kind}  {_format(metrics)}"
+
+    def _time_left(self, step: int, now: float) -> str:
+        # Counted from the end of the first step: what came before it was not training.
+        first_step, first_time = self._first or (step, now)
+        if step == first_step:
+            return "?"
+        seconds_per_step = (now - first_time) / (step - first_step)
+        return str(timedelta(seconds=round((self._total_steps - step) * seconds_per_step)))
+
+
+class Bar:
+    """A progress bar on stderr; words and scores go to stdout, above it."""
+
+    def __init__(self, total_steps: int) -> None:
+        self._total_steps = total_steps
+        self._bar: Any = None
+        self._scores = ""
+
+    def show(self, step: int, kind: str, metrics: Mapping[str, float]) -> None:
+        """Move the bar at a train step; print a line for any other kind."""
+        if kind != TRAIN:
+            self._scores = f"  {kind} {_format(metrics)}"
+            self.say(f"step {step}/{self._total_steps}{self._scores}")
+            return
+        if self._bar is None:
+            # Now and not earlier: what came before the first step would spoil the time left.
+            self._bar = tqdm(
+                total=self._total_steps, initial=step, unit="step", dynamic_ncols=True, leave=True
+            )
+        first_metric = dict(list(metrics.items())[:1])
+        self._bar.set_postfix_str(_format(first_metric) + self._scores, refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def say(self, text: str) -> None:
+        """Print `text` above the bar."""
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def open_display(total_steps: int) -> Display:
+    """A bar if stderr is a terminal, else lines."""
+    return Bar(total_steps) if sys.stderr.isatty() else Lines(total_steps)
+
+
+def _format(metrics: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())

@@ -1,0 +1,96 @@
+"""What a run says while it works: metrics.jsonl, TensorBoard, and a bar or lines for people."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from softprompt_dist.errors import MachineError
+from softprompt_dist.parallel import ranks
+from softprompt_dist.run.directory import RunDirectory
+from softprompt_dist.run.display import TRAIN, Display, Silence, open_display
+from softprompt_dist.run.metrics_file import MetricsFile
+
+log = logging.getLogger(__name__)
+
+
+class Journal:
+    """Numbers and words of a run that begins after `start_step` (0: from the beginning).
+
+    All ranks make one; only rank 0's writes and prints. Use it as a context manager.
+
+    Raises:
+        MachineError: on all ranks, when its files cannot be written.
+    """
+
+    def __init__(self, directory: RunDirectory, total_steps: int, start_step: int = 0) -> None:
+        self._file: MetricsFile | None = None
+        self._events: Any = None
+        self._display: Display = Silence()
+        self._has_warned = False
+        ranks.on_main(lambda: self._open(directory, total_steps, start_step))
+
+    def __enter__(self) -> Journal:
+        """Itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close it, whatever happened."""
+        self.close()
+
+    def log(self, step: int, metrics: Mapping[str, float], kind: str = TRAIN) -> None:
+        """Record the metrics of a step; `kind`: "train", "validation" or "test". No collective."""
+        if self._file is None:
+            return
+        values = {name: float(value) for name, value in metrics.items()}
+        try:
+            self._file.append(step, kind, values)
+            for name, value in values.items():
+                self._events.add_scalar(f"{kind}/{name}", value, step)
+        except OSError as error:
+            self._warn(f"the metrics of step {step} (at least) are lost: {error}")
+        self._display.show(step, kind, values)
+
+    def say(self, text: str) -> None:
+        """Print `text` for the person who watches; the progress bar stays whole."""
+        self._display.say(text)
+
+    def close(self) -> None:
+        """Flush and close everything; a second call does nothing."""
+        if self._file is None:
+            return
+        self._display.close()
+        try:
+            self._events.close()
+        except OSError as error:
+            self._warn(f"the last TensorBoard events are lost: {error}")
+        self._file = None
+
+    def _open(self, directory: RunDirectory, total_steps: int, start_step: int) -> None:
+        # Imported here: it takes seconds, and only rank 0 writes events.
+        from torch.utils.tensorboard import SummaryWriter
+
+        # Hides what an earlier attempt logged of the steps that come again.
+        purge_step = start_step + 1 if start_step else 0
+        try:
+            self._file = MetricsFile(directory.metrics, start_step)
+            self._events = SummaryWriter(str(directory.tensorboard), purge_step=purge_step)
+        except OSError as error:
+            raise MachineError(
+                f"The run's metrics cannot be written: {error}. Pass --run-dir with a folder that "
+                "you may write, or free space there."
+            ) from error
+        self._display = open_display(total_steps)
+
+    def _warn(self, message: str) -> None:
+        # A full disk is no reason to stop here, on one rank: the next checkpoint stops all, whole.
+        if not self._has_warned:
+            log.warning("Journal: %s", message)
+        self._has_warned = True

@@ -1,0 +1,60 @@
+"""metrics.jsonl: one JSON object a line, `step`, `kind` and `time`, then the metrics."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from softprompt_dist.run.durable import replace_file
+
+
+class MetricsFile:
+    """The metrics of one run, in which every pair of step and kind occurs once.
+
+    Opened at step s > 0 it forgets what an earlier attempt logged after s; at 0 it forgets all. So
+    the file of a resumed run is that of an uninterrupted one.
+
+    Raises:
+        OSError: the file cannot be read or written; also in `append`.
+    """
+
+    def __init__(self, path: Path, start_step: int) -> None:
+        self._path = path
+        kept = [line for line in read_metrics(path) if 0 < start_step >= line["step"]]
+        self._earlier = {_key(line) for line in kept}
+        self._rewrite(kept)
+
+    def append(self, step: int, kind: str, metrics: Mapping[str, float]) -> None:
+        """Add a line; one of the same step and kind from an earlier attempt gives way."""
+        line = {"step": step, "kind": kind, "time": round(time.time(), 3), **metrics}
+        if _key(line) in self._earlier:
+            self._earlier.remove(_key(line))
+            self._rewrite(other for other in read_metrics(self._path) if _key(other) != _key(line))
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _rewrite(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        replace_file(self._path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """All whole lines in order; a line torn by a kill is left out, a missing file is empty."""
+    path = Path(path)
+    texts = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    return [line for line in map(_parse, texts) if line is not None]
+
+
+def _parse(text: str) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    is_ours = isinstance(line, dict) and isinstance(line.get("step"), int) and "kind" in line
+    return line if is_ours else None
+
+
+def _key(line: Mapping[str, Any]) -> tuple[int, str]:
+    return line["step"], line["kind"]
