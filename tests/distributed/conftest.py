@@ -1,8 +1,14 @@
 import functools
 import itertools
+import sys
+from pathlib import Path
+
+import pytest
+
+# The tests are imported without being a package, so what they share needs a place to be found.
+sys.path.insert(0, str(Path(__file__).parent))
 
 import launch
-import pytest
 
 
 @pytest.fixture
