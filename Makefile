@@ -1,0 +1,59 @@
+# `make demo` and `make test` set up .venv and run; `make help` lists the rest.
+#
+# Where the default package index has only GPU builds of torch and you want the CPU build, say where
+# to take torch from:  make demo TORCH_INSTALL_ARGS="--index-url ADDRESS"
+# PIP_ARGS goes to every pip command (a mirror, a proxy).
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+PIP_ARGS ?=
+TORCH_INSTALL_ARGS ?=
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
+PIP_INSTALL := $(PIP) install -c constraints.txt $(PIP_ARGS)
+SHELL_SCRIPTS := .ci/run $(wildcard slurm/*.sh)
+
+.PHONY: help demo demo-t5 test check format clean
+
+help: ## show this list
+	@grep -E '^[.a-z0-9-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## */\t/' | expand -t 12
+
+$(READY): pyproject.toml constraints.txt
+	@echo "Setting up $(VENV) (a few minutes)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) $(TORCH_INSTALL_ARGS) torch
+	$(PIP_INSTALL) -e '.[dev]'
+	touch $@
+
+.venv: $(READY) ## set up the environment only
+
+demo: $(READY) ## tune a prompt for a frozen 135M model: DeepSpeed ZeRO-3, 2 ranks, CPU is enough
+	$(BIN)/deepspeed --num_gpus 2 -m softprompt_dist.train --recipe demo $(ARGS)
+
+demo-t5: $(READY) ## the same for our own tiny T5
+	$(BIN)/deepspeed --num_gpus 2 -m softprompt_dist.train --recipe demo-t5 $(ARGS)
+
+test: $(READY) ## run the whole test suite
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(READY) ## lint, format, types, spelling, shell scripts; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/codespell
+	$(BIN)/shellcheck --external-sources $(SHELL_SCRIPTS)
+
+format: $(READY) ## let ruff sort imports and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the environment and caches; runs/ stays
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
