@@ -55,6 +55,7 @@ def join_world(*, debug: bool = False) -> None:
 def leave_world() -> None:
     """All ranks: close the process group, if there is one."""
     if dist.is_initialized():
+        dist.barrier()  # a rank that leaves early takes the rendezvous store with it
         dist.destroy_process_group()
 
 

@@ -102,6 +102,10 @@ def run_verb(main: Main, argv: Sequence[str] | None = None) -> NoReturn:
             raise
         _report(failure, traceback.format_exc() if debug else "")
         _leave(failure.exit_code)
+    if int(os.environ.get("WORLD_SIZE") or "1") > 1:
+        # All is written and the ranks have parted. Gloo's threads can still abort the interpreter's
+        # own teardown ("terminate called without an active exception"), which would read as failure.
+        _exit_now(0)
     sys.exit(0)
 
 
@@ -155,6 +159,10 @@ def _leave(code: int) -> NoReturn:
     if not _world_is_up():
         sys.exit(code)
     # Tearing the process group down could wait for ranks that are not coming.
+    _exit_now(code)
+
+
+def _exit_now(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

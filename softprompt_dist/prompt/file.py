@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from softprompt_dist.errors import PromptFileError
-from softprompt_dist.run.durable import replace_file
+from softprompt_dist.durable import replace_file
 
 log = logging.getLogger(__name__)
 

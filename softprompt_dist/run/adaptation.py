@@ -6,6 +6,7 @@ import math
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -18,16 +19,13 @@ from softprompt_dist.data.batching import TokenBatch
 from softprompt_dist.data.denoising import DenoisingData
 from softprompt_dist.errors import CheckpointError, NonFiniteLossError
 from softprompt_dist.parallel import ranks
-from softprompt_dist.run.checkpoint import CheckpointStore
+from softprompt_dist.run.adaptation_rate import build_optimizer, learning_rate_at
+from softprompt_dist.run.checkpoint import Checkpoint, CheckpointStore
 from softprompt_dist.run.loss import token_loss
-from softprompt_dist.run.optimizer import (
-    T5XAdafactor,
-    optimizer_from_tensors,
-    optimizer_to_tensors,
-)
-from softprompt_dist.run.rms_scaled_adamw import RmsScaledAdamW
+from softprompt_dist.run.optimizer import optimizer_from_tensors, optimizer_to_tensors
 
 WEIGHT_PREFIX = "model."
+OPTIMIZER_PREFIX = "optimizer."
 FREE_TO_CHANGE = {
     "run_directory", "steps", "decay_steps", "compile", "checkpoint", "export_steps", "export_dtype",
     "log_every_steps", "evaluate_every_steps", "max_validation_examples", "validation_corpus",
@@ -41,7 +39,7 @@ Losses = tuple[Tensor, Tensor, Tensor]
 
 @dataclass
 class AdaptationRun:
-    """A checked recipe and what was built from it."""
+    """A checked recipe, what was built from it, and how far it is."""
 
     config: AdaptConfig
     tokenizer: Any
@@ -49,8 +47,12 @@ class AdaptationRun:
     train: DenoisingData
     validation: DenoisingData | None
     corpus_fingerprint: str
+    source_folder: Path | None = None
+    """The checkpoint it started from."""
     optimizer: torch.optim.Optimizer = field(init=False)
     step: int = 0
+    seconds: float = 0.0
+    """Time spent in updates, over all attempts."""
 
     def __post_init__(self) -> None:
         """Move the model to this rank's device and give it an optimizer."""
@@ -86,32 +88,6 @@ def shift_right(target_ids_BT: Tensor) -> Tensor:
     """What the decoder reads: the start piece (T5: padding, id 0), then all targets but the last."""
     start_B1 = torch.zeros_like(target_ids_BT[:, :1])
     return torch.cat([start_B1, target_ids_BT[:, :-1]], dim=1)
-
-
-def build_optimizer(config: AdaptConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer that `config` names; its rate is set before every update."""
-    rate = learning_rate_at(config, 0)
-    if config.optimizer == "adafactor":
-        return T5XAdafactor(
-            parameters, rate, weight_decay=config.weight_decay, multiply_by_parameter_scale=True
-        )
-    if config.optimizer == "rms_scaled_adamw":
-        return RmsScaledAdamW(parameters, rate, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(parameters, lr=rate, weight_decay=config.weight_decay)
-
-
-def learning_rate_at(config: AdaptConfig, update: int) -> float:
-    """Learning rate of update number `update` (from 0)."""
-    if config.schedule == "rsqrt":
-        clock = max(update + config.start_step, config.warmup_steps, 1)
-        rate = config.learning_rate / math.sqrt(clock)
-    else:
-        rate = config.learning_rate * min(1.0, (update + 1) / max(config.warmup_steps, 1))
-    if config.schedule == "cosine":
-        rate *= 0.5 * (1.0 + math.cos(math.pi * min(1.0, update / config.steps)))
-    if config.decay_steps:
-        rate *= min(1.0, max(0, config.steps - update) / config.decay_steps)
-    return rate
 
 
 def update_weights(run: AdaptationRun) -> dict[str, float]:
@@ -186,10 +162,12 @@ def save(run: AdaptationRun, store: CheckpointStore) -> None:
     weights = {WEIGHT_PREFIX + n: p.detach().cpu() for n, p in run.model.named_parameters()}
     values = {
         "seed": run.config.seed,
+        "seconds": run.seconds,
         "corpus_fingerprint": run.corpus_fingerprint,
         "recipe": run.config.model_dump(mode="json", exclude=FREE_TO_CHANGE),
     }
-    store.save(run.step, {**weights, **optimizer_to_tensors(run.optimizer)}, values)
+    moments = {OPTIMIZER_PREFIX + n: t for n, t in optimizer_to_tensors(run.optimizer).items()}
+    store.save(run.step, weights | moments, values)
 
 
 def restore(run: AdaptationRun, store: CheckpointStore) -> bool:
@@ -201,21 +179,19 @@ def restore(run: AdaptationRun, store: CheckpointStore) -> bool:
     checkpoint = store.load_newest()
     if checkpoint is None:
         return False
-    now = run.config.model_dump(mode="json", exclude=FREE_TO_CHANGE)
-    now["corpus"] = run.corpus_fingerprint
-    then = {**checkpoint.state["recipe"], "corpus": checkpoint.state["corpus_fingerprint"]}
-    different = [f"{k}: saved {then.get(k)!r}, now {now[k]!r}" for k in now if now[k] != then.get(k)]
-    if different:
-        raise CheckpointError(
-            f"The checkpoint of step {checkpoint.step} belongs to another run: {'; '.join(different)}. "
-            "Use the saved values, or another --run-dir."
-        )
+    _check_belongs(run, checkpoint)
     with torch.no_grad():
         for name, parameter in run.model.named_parameters():
             parameter.copy_(checkpoint.tensors[WEIGHT_PREFIX + name])
-    optimizer_from_tensors(run.optimizer, checkpoint.tensors)
+    moments = {
+        name.removeprefix(OPTIMIZER_PREFIX): tensor
+        for name, tensor in checkpoint.tensors.items()
+        if name.startswith(OPTIMIZER_PREFIX)
+    }
+    optimizer_from_tensors(run.optimizer, moments)
     checkpoint.restore_rng()
     run.step = checkpoint.step
+    run.seconds = float(checkpoint.state.get("seconds", 0.0))
     return True
 
 
@@ -246,3 +222,15 @@ def _sum_gradients(model: nn.Module) -> None:
     flat = ranks.all_reduce_sum(torch.cat([g.flatten() for g in gradients]))
     for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
+
+
+def _check_belongs(run: AdaptationRun, checkpoint: Checkpoint) -> None:
+    now = run.config.model_dump(mode="json", exclude=FREE_TO_CHANGE)
+    now["corpus"] = run.corpus_fingerprint
+    then = {**checkpoint.state["recipe"], "corpus": checkpoint.state["corpus_fingerprint"]}
+    different = [f"{k}: saved {then.get(k)!r}, now {now[k]!r}" for k in now if now[k] != then.get(k)]
+    if different:
+        raise CheckpointError(
+            f"The checkpoint of step {checkpoint.step} belongs to another run: {'; '.join(different)}. "
+            "Use the saved values, another --run-dir, or --fresh to set the old run aside."
+        )

@@ -30,7 +30,7 @@ from softprompt_dist.run.checkpoint_format import (
     encode_checkpoint,
     read_checkpoint,
 )
-from softprompt_dist.run.durable import flush_folder, write_file
+from softprompt_dist.durable import flush_folder, write_file
 from softprompt_dist.run.random_state import (
     derived_random_state,
     random_state,

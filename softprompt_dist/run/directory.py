@@ -20,7 +20,7 @@ from typing import Any
 
 from softprompt_dist.errors import MachineError
 from softprompt_dist.parallel import ranks
-from softprompt_dist.run.durable import replace_file
+from softprompt_dist.durable import replace_file
 
 
 class RunDirectory:

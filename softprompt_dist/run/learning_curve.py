@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from softprompt_dist.run.durable import replace_file
+from softprompt_dist.durable import replace_file
 from softprompt_dist.run.metrics_file import read_metrics
 
 _BLUE, _LIGHT_BLUE, _ORANGE = "#1f5fa8", "#a9c6e8", "#d1600a"

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from softprompt_dist.run.durable import replace_file
+from softprompt_dist.durable import replace_file
 
 
 class MetricsFile:

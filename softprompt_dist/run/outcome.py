@@ -15,12 +15,7 @@ from softprompt_dist.run.directory import RunDirectory
 from softprompt_dist.run.journal import Journal
 from softprompt_dist.run.loop import TuningState
 from softprompt_dist.run.metrics import accuracy
-from softprompt_dist.run.report import (
-    ScoreRow,
-    plot_learning_curve,
-    results_table,
-    write_report,
-)
+from softprompt_dist.run.report import ScoreRow, plot_learning_curve, write_report
 from softprompt_dist.run.tuning import Bench, Split, TuningRun
 
 
@@ -69,11 +64,10 @@ def _write(
         ScoreRow("tuned prompt", count_correct(predictions, split.texts), total),
     ]
     write_predictions(directory.predictions / "test.jsonl", split.texts, predictions)
-    write_report(directory, rows)
-    floors = {row.name: row.correct / total for row in rows[:2]}
+    floors = {f"{row.name} (test)": row.accuracy for row in rows[:2]}
     plot = directory.plots / "learning_curve.png"
     plot_learning_curve(directory.metrics, floors, plot)
-    journal.say(results_table(rows))
+    journal.say("\n" + write_report(directory, rows, title=f"{run.config.name}: {run.task.name}, test"))
     journal.say(f"Best prompt (step {state.best_step}): {directory.prompts / 'best.safetensors'}")
     journal.say(f"Learning curve: {plot}")
 

@@ -34,7 +34,7 @@ def train(
         must_resume: refuse to start at step 0.
     """
     directory = RunDirectory(Path(str(config.run_directory)))
-    directory.prepare(to_yaml(config), describe_environment())
+    directory.create()
     store = checkpoint_store(config, directory)
     if fresh:
         store.discard_all()
@@ -45,6 +45,8 @@ def train(
             f"--resume was given, but {directory.checkpoints} holds no checkpoint. Check --run-dir, or "
             "leave --resume out to start at step 0."
         )
+    # Only once the checkpoint has been found to belong to this recipe.
+    directory.record(to_yaml(config), describe_environment())
     with Journal(directory, config.steps, start_step=state.step) as journal:
         journal.say(_headline(run, state.step))
         if state.untuned_correct < 0:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from softprompt_dist.backbone.base import Backbone
 from softprompt_dist.backbone.fingerprint import local_checksum
 from softprompt_dist.backbone.load import load_backbone, load_tokenizer, locate_backbone
-from softprompt_dist.config import TuneConfig
+from softprompt_dist.config import AdaptConfig, TuneConfig
 from softprompt_dist.data.batching import TokenBatch, TokenExample, collate, tokenise
 from softprompt_dist.data.order import ExampleOrder
 from softprompt_dist.data.tasks import Example, TaskData, load_task
@@ -79,7 +79,7 @@ class TuningRun(Bench):
         return batch.to(ranks.device())
 
 
-def check_world(config: TuneConfig, world_size: int) -> None:
+def check_world(config: TuneConfig | AdaptConfig, world_size: int) -> None:
     """Refuse a world size that does not divide the global batch.
 
     Raises:

@@ -24,9 +24,7 @@ EXAMPLES = (
 )
 Z_LOSS = 0.0
 # Without this DeepSpeed leaves tensors as small as these whole on every rank.
-PARTITION_EVERYTHING = {
-    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}
-}
+PARTITION_EVERYTHING = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 
 
 def gradient_on_this_rank(folder: str, prompt_file: str, sharding: str) -> dict[str, Any]:

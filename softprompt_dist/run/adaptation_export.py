@@ -1,0 +1,89 @@
+"""What an adaptation leaves behind: a Hugging Face folder that says how it was made."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from softprompt_dist.backbone.t5_v11 import write_t5
+from softprompt_dist.errors import MachineError
+from softprompt_dist.parallel import ranks
+from softprompt_dist.run.adaptation import AdaptationRun, validation_loss
+from softprompt_dist.run.environment import redact_command
+
+HISTORY = "adaptation.json"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def export(run: AdaptationRun, folder: Path) -> None:
+    """All ranks: write weights, config, tokenizer, history and model card into `folder`.
+
+    Raises:
+        MachineError: on all ranks, when the folder cannot be written.
+    """
+    stages = [*_earlier_stages(run), _this_stage(run, validation_loss(run))]
+    ranks.on_main(lambda: _write(run, folder, stages))
+
+
+def model_card(name: str, num_parameters: int, stages: list[dict[str, Any]]) -> str:
+    """The README.md of an exported folder."""
+    rows = "\n".join(
+        f"| {s['name']} | {s['objective']} | {s['steps']:,} | {s['tokens']:,} | "
+        f"{_loss(s['validation_loss'])} | {s['seconds'] / 60:.0f} |"
+        for s in stages
+    )
+    corpora = "\n".join(f"- {s['name']}: {', '.join(s['corpus'])}" for s in stages)
+    commands = "\n".join(s["command"] for s in stages)
+    return (
+        f"# {name}\n\n"
+        f"A T5 v1.1 encoder-decoder with {num_parameters:,} parameters, trained by `softprompt adapt`.\n\n"
+        "| stage | objective | steps | corpus tokens seen | validation loss (nats per target token) "
+        f"| minutes |\n|---|---|---|---|---|---|\n{rows}\n\n"
+        f"## Corpus\n\n{corpora}\n\n## Commands\n\n```\n{commands}\n```\n"
+    )
+
+
+def _write(run: AdaptationRun, folder: Path, stages: list[dict[str, Any]]) -> None:
+    try:
+        write_t5(run.model, run.tokenizer, folder, DTYPES[run.config.export_dtype])
+        (folder / HISTORY).write_text(json.dumps(stages, indent=2) + "\n", encoding="utf-8")
+        num_parameters = sum(p.numel() for p in run.model.parameters())
+        card = model_card(run.config.name, num_parameters, stages)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    except OSError as error:
+        raise MachineError(f"Cannot export to {folder}: {error}. Free space or permit it.") from error
+
+
+def _earlier_stages(run: AdaptationRun) -> list[dict[str, Any]]:
+    history = run.source_folder / HISTORY if run.source_folder else None
+    if history is None or not history.is_file():
+        return []
+    return list(json.loads(history.read_text(encoding="utf-8")))
+
+
+def _this_stage(run: AdaptationRun, loss: float | None) -> dict[str, Any]:
+    config = run.config
+    examples = run.step * config.batch.global_batch_size
+    return {
+        "name": config.name,
+        "objective": config.objective,
+        "steps": run.step,
+        "tokens": round(examples * run.train.tokens_per_example),
+        "validation_loss": loss,
+        "seconds": round(run.seconds, 1),
+        "corpus": [Path(spec).name for spec in config.corpus],
+        "command": " ".join(_without_folders(redact_command(sys.orig_argv))),
+    }
+
+
+def _without_folders(command: list[str]) -> list[str]:
+    """Paths reduced to their last part: a card must not tell how a machine is laid out."""
+    return [Path(part).name if part.startswith("/") else part for part in command]
+
+
+def _loss(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.3f}"
