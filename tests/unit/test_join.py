@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from softprompt_dist.errors import MachineError
+from softprompt_dist.parallel import extensions
+from softprompt_dist.parallel.extensions import (
+    EXTENSION,
+    check_extension_can_be_had,
+    choose_extensions_folder,
+    is_builder_alive,
+    wait_for_builder,
+)
+from softprompt_dist.parallel.join import (
+    check_rank_variables,
+    fill_rank_variables,
+    first_host,
+    job_nonce,
+    local_world_size,
+    set_threads,
+)
+
+SLURM = {
+    "SLURM_JOB_ID": "123456",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "9",
+    "SLURM_LOCALID": "1",
+    "SLURM_NTASKS": "16",
+    "SLURM_STEP_NUM_TASKS": "16",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_NODELIST": "gpu[003-004]",
+    "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
+}
+COMPLETE = {
+    "RANK": "1",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "2",
+    "MASTER_ADDR": "h",
+    "MASTER_PORT": "9",
+}
+
+
+def test_a_lone_process_is_a_world_of_one() -> None:
+    environ: dict[str, str] = {}
+    fill_rank_variables(environ)
+    check_rank_variables(environ)
+    assert (environ["RANK"], environ["WORLD_SIZE"]) == ("0", "1")
+
+
+def test_slurm_s_variables_become_ranks() -> None:
+    environ = dict(SLURM)
+    fill_rank_variables(environ)
+    check_rank_variables(environ)
+    assert (
+        environ.items()
+        >= {
+            "RANK": "9",
+            "LOCAL_RANK": "1",
+            "WORLD_SIZE": "16",
+            "MASTER_ADDR": "gpu003",
+            "MASTER_PORT": str(20000 + 123456 % 20000),
+        }.items()
+    )
+    assert local_world_size(environ) == 8
+
+
+def test_what_the_script_exported_wins_over_slurm_s() -> None:
+    environ = SLURM | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "7"}
+    fill_rank_variables(environ)
+    assert (environ["MASTER_ADDR"], environ["MASTER_PORT"]) == ("10.0.0.1", "7")
+
+
+def test_a_launcher_s_variables_are_left_alone() -> None:
+    environ = SLURM | COMPLETE
+    fill_rank_variables(environ)
+    assert environ == SLURM | COMPLETE
+
+
+def test_a_batch_script_without_srun_is_refused() -> None:
+    environ = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "5"}
+    with pytest.raises(MachineError, match=r"8 tasks.*srun"):
+        fill_rank_variables(environ)
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "host"),
+    [
+        ("gpu1", "gpu1"),
+        ("gpu[003-010,12],login1", "gpu003"),
+        ("a,b", "a"),
+        ("rack[1-2]n[07,09]", "rack1n07"),
+        ("gpu[5]-ib,x", "gpu5-ib"),
+    ],
+)
+def test_first_host_of_a_node_list(nodelist: str, host: str) -> None:
+    assert first_host(nodelist) == host
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"RANK": None}, "WORLD_SIZE=2.* without RANK"),
+        ({"MASTER_ADDR": None, "LOCAL_RANK": ""}, "without LOCAL_RANK, MASTER_ADDR"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two must be a whole number"),
+        ({"RANK": "-1"}, "RANK=-1 must be a whole number"),
+        ({"RANK": "2"}, "RANK=2 must be below WORLD_SIZE=2"),
+    ],
+)
+def test_half_set_variables_are_refused(change: dict[str, str | None], message: str) -> None:
+    environ = {k: v for k, v in (COMPLETE | change).items() if v is not None}
+    fill_rank_variables(environ)
+    with pytest.raises(MachineError, match=message):
+        check_rank_variables(environ)
+
+
+def test_jobs_are_told_apart() -> None:
+    assert job_nonce(SLURM) == job_nonce(SLURM | {"SLURM_PROCID": "3"})
+    assert job_nonce(SLURM) != job_nonce(SLURM | {"SLURM_RESTART_COUNT": "1"})
+    assert job_nonce(SLURM | {"SOFTPROMPT_RUN_ID": "mine"}) == "mine"
+    launched = COMPLETE | {"LOCAL_SIZE": "2"}
+    assert str(os.getppid()) in job_nonce(launched)
+    assert job_nonce(COMPLETE) == ""
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_cores_are_divided_among_the_ranks(threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(12))
+    set_threads({"WORLD_SIZE": "8", "LOCAL_SIZE": "4"})
+    assert torch.get_num_threads() == 3
+    set_threads({"WORLD_SIZE": "64"})
+    assert torch.get_num_threads() == 1
+    set_threads({"WORLD_SIZE": "2", "SLURM_CPUS_PER_TASK": "5"})
+    assert torch.get_num_threads() == 5
+    set_threads({"WORLD_SIZE": "1", "OMP_NUM_THREADS": "7"})
+    assert torch.get_num_threads() == 5
+
+
+def test_extensions_folder_is_ours_unless_chosen(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # setenv first, so that what the code sets is undone.
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "")
+    monkeypatch.setenv("SOFTPROMPT_CACHE", str(tmp_path))
+    folder = choose_extensions_folder()
+    assert folder.is_relative_to(tmp_path)
+    assert torch.__version__ in folder.name
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/theirs")
+    assert choose_extensions_folder() == Path("/theirs")
+
+
+@pytest.fixture
+def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(extensions, "_SURE_SECONDS", 0.3)
+    monkeypatch.setattr(extensions, "_POLL_SECONDS", 0.05)
+    monkeypatch.setenv("PATH", os.environ["PATH"])
+    path = tmp_path / EXTENSION / "lock"
+    path.parent.mkdir()
+    path.touch()
+    return path
+
+
+def remove_soon(lock: Path) -> threading.Thread:
+    def remove() -> None:
+        time.sleep(1.0)
+        lock.unlink()
+
+    thread = threading.Thread(target=remove)
+    thread.start()
+    return thread
+
+
+def test_a_lock_that_nobody_holds_is_refused_with_its_remedy(lock: Path) -> None:
+    with pytest.raises(MachineError, match=f"no running process holds it.*rm '{lock}'"):
+        wait_for_builder(lock, several_nodes=False)
+    assert lock.exists()
+
+
+def test_an_old_lock_is_refused_even_on_several_nodes(lock: Path) -> None:
+    an_hour_ago = time.time() - 3600
+    os.utime(lock, (an_hour_ago, an_hour_ago))
+    with pytest.raises(MachineError, match="3600 s old"):
+        wait_for_builder(lock, several_nodes=True)
+
+
+def test_a_fresh_lock_may_be_another_node_s(lock: Path) -> None:
+    thread = remove_soon(lock)
+    wait_for_builder(lock, several_nodes=True)
+    thread.join()
+    assert not lock.exists()
+
+
+def test_a_living_builder_is_waited_for(lock: Path) -> None:
+    with lock.open():
+        assert is_builder_alive(lock)
+        thread = remove_soon(lock)
+        wait_for_builder(lock, several_nodes=False)
+    thread.join()
+    assert not is_builder_alive(lock)
+
+
+def test_missing_build_tools_are_named(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock.unlink()
+    monkeypatch.setattr(extensions.shutil, "which", lambda program, path=None: None)
+    with pytest.raises(MachineError, match=r"no ninja.*no C\+\+ compiler.*apt-get install g\+\+"):
+        check_extension_can_be_had(lock.parents[1], several_nodes=False)
+
+
+def test_a_missing_compiler_does_not_matter_once_built(
+    lock: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock.unlink()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(MachineError, match="no-such-compiler"):
+        check_extension_can_be_had(lock.parents[1], several_nodes=False)
+    lock.with_name(f"{EXTENSION}.so").touch()
+    assert check_extension_can_be_had(lock.parents[1], several_nodes=False)
