@@ -1,13 +1,10 @@
-"""T5 v1.1 with a head of its own, to train and to write; transformers >= 5 would tie a fresh one."""
+"""T5 v1.1 with a head of its own, to train all of it; transformers >= 5 would tie a fresh one."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from transformers import T5Config, T5ForConditionalGeneration
 
 from softprompt_dist.config import ArchitectureConfig
@@ -62,32 +59,7 @@ def read_t5(folder: Path, dropout: float) -> T5V11:
     missing = sorted(info["missing_keys"])
     if missing or not model.config.is_gated_act:
         raise BackboneError(
-            f"{folder} is not a whole T5 v1.1 (gated feed-forward, a head of its own); missing weights: "
-            f"{missing[:5]}. Set `backbone` to a T5 v1.1 or LM-adapted folder."
+            f"{folder} is not a whole T5 v1.1 (gated feed-forward, a head of its own); missing "
+            f"weights: {missing[:5]}. Set `backbone` to a T5 v1.1 or LM-adapted folder."
         )
     return model
-
-
-def write_t5(model: T5V11, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
-    """Write weights in `dtype`, config and tokenizer so that any transformers version reads them.
-
-    `tie_word_embeddings` false keeps older versions from tying the head; newer ones compare.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    shared_names = set(model._tied_weights_keys)
-    weights = {
-        name: tensor.detach().to("cpu", dtype).contiguous()
-        for name, tensor in model.state_dict().items()
-        if name not in shared_names
-    }
-    temporary = folder / ".model.safetensors.tmp"
-    save_file(weights, temporary, metadata={"format": "pt"})
-    temporary.replace(folder / "model.safetensors")
-    config = json.loads(model.config.to_json_string(use_diff=True))
-    config |= {
-        "architectures": ["T5ForConditionalGeneration"],
-        "dtype": str(dtype).removeprefix("torch."),
-        "tie_word_embeddings": False,
-    }
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    tokenizer.save_pretrained(str(folder))

@@ -1,9 +1,9 @@
 """Plain text -> token ids, once -> examples of a denoising objective, by position.
 
-A corpus is a list of text files, one document a line. The token ids of all documents lie end to end in
-one flat array beside the offsets of the documents; both are cached under the fingerprint of the files
-and the tokenizer, and read memory-mapped. What the example at a position of the run is, depends on
-(seed, corpus, position) alone.
+A corpus is a list of text files, one document a line. The token ids of all documents lie end to end
+in one flat array beside the offsets of the documents; both are cached under the fingerprint of the
+files and the tokenizer, and read memory-mapped. What the example at a position of the run is, depends
+on (seed, corpus, position) alone.
 """
 
 from __future__ import annotations
@@ -50,9 +50,11 @@ class Pieces:
     ends: npt.NDArray[np.int64]
 
     def __len__(self) -> int:
+        """Number of pieces."""
         return len(self.starts)
 
     def __getitem__(self, index: int) -> npt.NDArray[np.int64]:
+        """Token ids of piece `index`."""
         stretch = self.corpus.token_ids[self.starts[index] : self.ends[index]]
         return stretch.astype(np.int64)
 

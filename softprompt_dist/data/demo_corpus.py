@@ -67,7 +67,7 @@ def json_texts(path: Path) -> Iterator[str]:
 
 
 def wordnet_glosses(path: Path) -> Iterator[str]:
-    """One sentence a synset of a WordNet data file: `river (object): a large natural stream ...`."""
+    """One sentence a synset of a WordNet data file: `river (object): a large stream ...`."""
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         fields, _, gloss = line.partition(" | ")
         parts = fields.split()
@@ -94,7 +94,11 @@ def paragraphs(text: str) -> Iterator[str]:
     for block in re.split(r"\n\s*\n", text):
         prose = re.sub(r"[`*{}]|:[a-z:]+:(?=`)", "", " ".join(block.split()))
         letters = sum(c.isalpha() or c == " " for c in prose)
-        if len(prose) >= 60 and letters >= 0.85 * len(prose) and not block.lstrip().startswith(".."):
+        if (
+            len(prose) >= 60
+            and letters >= 0.85 * len(prose)
+            and not block.lstrip().startswith("..")
+        ):
             yield prose
 
 
@@ -137,7 +141,7 @@ def novel_documents(path: Path) -> Iterator[str]:
 def write_documents(
     path: Path, documents: Iterable[str], held_out: frozenset[str], validation: IO[str]
 ) -> int:
-    """Write the documents, one a line, without those of `held_out`; one in 128 goes to `validation`.
+    """Write the documents, one a line, but those of `held_out`; one in 128 goes to `validation`.
 
     Returns:
         The number of characters written to `path`.

@@ -44,8 +44,8 @@ class SpecialIds:
         found = (tokenizer.pad_token_id, tokenizer.eos_token_id, first_sentinel)
         if None in found:
             raise DataError(
-                f"The tokenizer lacks one of pad, eos, <extra_id_0> (found {found}); denoising needs "
-                "a T5 tokenizer. Set `tokenizer` to a T5 tokenizer folder."
+                f"The tokenizer lacks one of pad, eos, <extra_id_0> (found {found}); this needs a "
+                "T5 tokenizer. Set `tokenizer` to a T5 tokenizer folder."
             )
         return cls(*found)
 
@@ -69,7 +69,13 @@ class DenoisingData:
         self._order = ExampleOrder(len(self._pieces), config.seed)
 
     def __len__(self) -> int:
+        """Number of examples in an epoch."""
         return len(self._pieces)
+
+    @property
+    def tokens_per_example(self) -> float:
+        """Corpus tokens in an example, on average."""
+        return float((self._pieces.ends - self._pieces.starts).mean())
 
     def examples(self, start: int, count: int) -> list[DenoisingExample]:
         """Examples at positions [start, start + count), with end-of-sequence on both sides."""
@@ -82,7 +88,8 @@ class DenoisingData:
         inputs = [example.input_ids for example in examples]
         targets = [example.target_ids for example in examples]
         return TokenBatch(
-            *self._stack(inputs, self._config.inputs_length), *self._stack(targets, self.targets_length)
+            *self._stack(inputs, self._config.inputs_length),
+            *self._stack(targets, self.targets_length),
         )
 
     def _cut_for_spans(self, corpus: TokenisedCorpus) -> Pieces:
@@ -92,8 +99,8 @@ class DenoisingData:
         )
         if lengths.num_targets > config.targets_length:
             raise DataError(
-                f"inputs_length {config.inputs_length} at noise_density {config.noise_density} makes "
-                f"targets of {lengths.num_targets} tokens, but targets_length is "
+                f"inputs_length {config.inputs_length} at noise_density {config.noise_density} "
+                f"makes targets of {lengths.num_targets} tokens, but targets_length is "
                 f"{config.targets_length}. Raise targets_length or lower inputs_length."
             )
         return cut_concatenated(corpus, lengths.num_tokens)

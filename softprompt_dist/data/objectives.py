@@ -1,7 +1,7 @@
 """T5's denoising objectives as pure functions of tokens and a mask (t5/data/preprocessors.py).
 
-Random choices are drawn by `example_generator`, so an example depends on nothing but (seed, index): not
-on the rank, the world size, the micro batch or what was drawn before.
+Random choices are drawn by `example_generator`, so an example depends on nothing but (seed, position):
+not on the rank, the world size, the micro batch or what was drawn before.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def random_spans_helper(
     extra_tokens_per_span_inputs: int = 1,
     extra_tokens_per_span_targets: int = 1,
 ) -> SpanLengths:
-    """How many tokens to corrupt so that the inputs, with end-of-sequence, are `inputs_length` long."""
+    """How many tokens to corrupt so that inputs with end-of-sequence are `inputs_length` long."""
 
     def lengths(num_tokens: int) -> tuple[int, int]:
         num_noise = round(num_tokens * noise_density)
@@ -82,7 +82,7 @@ def random_spans_mask(
 def corrupt_spans(token_ids: IdArray, mask: MaskArray, first_sentinel_id: int) -> DenoisingExample:
     """Replace every noise span by a sentinel; the targets say what each sentinel stood for.
 
-    Sentinels count down from `first_sentinel_id`. Targets have no final sentinel where noise is last.
+    Sentinels count down from `first_sentinel_id`. Targets have no final one where noise is last.
     """
     return DenoisingExample(
         _spans_to_sentinels(token_ids, mask, first_sentinel_id),

@@ -27,8 +27,8 @@ from softprompt_dist.run.optimizer import optimizer_from_tensors, optimizer_to_t
 WEIGHT_PREFIX = "model."
 OPTIMIZER_PREFIX = "optimizer."
 FREE_TO_CHANGE = {
-    "run_directory", "steps", "decay_steps", "compile", "checkpoint", "export_steps", "export_dtype",
-    "log_every_steps", "evaluate_every_steps", "max_validation_examples", "validation_corpus",
+    "run_directory", "steps", "decay_steps", "compile", "checkpoint", "export_steps",
+    "export_dtype", "log_every_steps", "evaluate_every_steps", "max_validation_examples", "validation_corpus",
     "corpus", "tokenizer", "backbone",
 }  # fmt: skip
 """Settings that a resumed run may have differently. The corpus is compared by its fingerprint."""
@@ -70,7 +70,11 @@ class AdaptationRun:
         return compute(batch.input_ids_BS, mask, shift_right(batch.target_ids_BT), batch.labels_BT)
 
     def _losses(
-        self, input_ids_BS: Tensor, mask_BS: Tensor | None, decoder_ids_BT: Tensor, labels_BT: Tensor
+        self,
+        input_ids_BS: Tensor,
+        mask_BS: Tensor | None,
+        decoder_ids_BT: Tensor,
+        labels_BT: Tensor,
     ) -> Losses:
         use_bf16 = self.config.dtype == "bf16"
         with torch.autocast(input_ids_BS.device.type, torch.bfloat16, enabled=use_bf16):
@@ -85,7 +89,7 @@ class AdaptationRun:
 
 
 def shift_right(target_ids_BT: Tensor) -> Tensor:
-    """What the decoder reads: the start piece (T5: padding, id 0), then all targets but the last."""
+    """What the decoder reads: the start piece (T5: padding, 0), then all targets but the last."""
     start_B1 = torch.zeros_like(target_ids_BT[:, :1])
     return torch.cat([start_B1, target_ids_BT[:, :-1]], dim=1)
 
@@ -142,7 +146,7 @@ def local_batches(run: AdaptationRun, step: int) -> list[TokenBatch]:
 
 @torch.no_grad()
 def validation_loss(run: AdaptationRun) -> float | None:
-    """All ranks: cross-entropy per target token on the validation text, in nats; None without text."""
+    """All ranks: validation cross-entropy in nats per target token; None without such text."""
     if run.validation is None:
         return None
     size = run.config.batch.micro_batch_size
@@ -150,7 +154,9 @@ def validation_loss(run: AdaptationRun) -> float | None:
     sums = torch.zeros(2, dtype=torch.float64)
     run.model.eval()
     for start in range(ranks.rank() * size, count, size * ranks.world_size()):
-        _, cross_entropy, num_tokens = run.losses(run.validation.batch(start, size).to(ranks.device()))
+        _, cross_entropy, num_tokens = run.losses(
+            run.validation.batch(start, size).to(ranks.device())
+        )
         sums += torch.stack([cross_entropy.double().cpu(), num_tokens.double().cpu()])
     run.model.train()
     cross_entropy_sum, num_tokens_sum = _sum_on_device(sums).tolist()
@@ -228,9 +234,11 @@ def _check_belongs(run: AdaptationRun, checkpoint: Checkpoint) -> None:
     now = run.config.model_dump(mode="json", exclude=FREE_TO_CHANGE)
     now["corpus"] = run.corpus_fingerprint
     then = {**checkpoint.state["recipe"], "corpus": checkpoint.state["corpus_fingerprint"]}
-    different = [f"{k}: saved {then.get(k)!r}, now {now[k]!r}" for k in now if now[k] != then.get(k)]
+    different = [
+        f"{k}: saved {then.get(k)!r}, now {now[k]!r}" for k in now if now[k] != then.get(k)
+    ]
     if different:
         raise CheckpointError(
-            f"The checkpoint of step {checkpoint.step} belongs to another run: {'; '.join(different)}. "
-            "Use the saved values, another --run-dir, or --fresh to set the old run aside."
+            f"The checkpoint of step {checkpoint.step} belongs to another run: "
+            f"{'; '.join(different)}. Use the saved values, another --run-dir, or --fresh to set the old run aside."
         )

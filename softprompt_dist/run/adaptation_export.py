@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 
-from softprompt_dist.backbone.t5_v11 import write_t5
+from softprompt_dist.backbone.t5_v11 import T5V11
+from softprompt_dist.durable import replace_file
 from softprompt_dist.errors import MachineError
 from softprompt_dist.parallel import ranks
 from softprompt_dist.run.adaptation import AdaptationRun, validation_loss
@@ -29,6 +31,28 @@ def export(run: AdaptationRun, folder: Path) -> None:
     ranks.on_main(lambda: _write(run, folder, stages))
 
 
+def write_t5(model: T5V11, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Write weights in `dtype`, config and tokenizer so that any transformers version reads them.
+
+    `tie_word_embeddings` false keeps older versions from tying the head; newer ones compare.
+    """
+    shared_names = set(model._tied_weights_keys)
+    weights = {
+        name: tensor.detach().to("cpu", dtype).contiguous()
+        for name, tensor in model.state_dict().items()
+        if name not in shared_names
+    }
+    config = json.loads(model.config.to_json_string(use_diff=True)) | {
+        "architectures": ["T5ForConditionalGeneration"],
+        "dtype": str(dtype).removeprefix("torch."),
+        "tie_word_embeddings": False,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(str(folder))
+    replace_file(folder / "config.json", _json(config))
+    replace_file(folder / "model.safetensors", save(weights, metadata={"format": "pt"}))
+
+
 def model_card(name: str, num_parameters: int, stages: list[dict[str, Any]]) -> str:
     """The README.md of an exported folder."""
     rows = "\n".join(
@@ -40,9 +64,10 @@ def model_card(name: str, num_parameters: int, stages: list[dict[str, Any]]) -> 
     commands = "\n".join(s["command"] for s in stages)
     return (
         f"# {name}\n\n"
-        f"A T5 v1.1 encoder-decoder with {num_parameters:,} parameters, trained by `softprompt adapt`.\n\n"
-        "| stage | objective | steps | corpus tokens seen | validation loss (nats per target token) "
-        f"| minutes |\n|---|---|---|---|---|---|\n{rows}\n\n"
+        f"A T5 v1.1 encoder-decoder with {num_parameters:,} parameters, trained by "
+        "`softprompt adapt`.\n\n"
+        "| stage | objective | steps | corpus tokens seen | validation loss (nats per target "
+        f"token) | minutes |\n|---|---|---|---|---|---|\n{rows}\n\n"
         f"## Corpus\n\n{corpora}\n\n## Commands\n\n```\n{commands}\n```\n"
     )
 
@@ -50,12 +75,14 @@ def model_card(name: str, num_parameters: int, stages: list[dict[str, Any]]) -> 
 def _write(run: AdaptationRun, folder: Path, stages: list[dict[str, Any]]) -> None:
     try:
         write_t5(run.model, run.tokenizer, folder, DTYPES[run.config.export_dtype])
-        (folder / HISTORY).write_text(json.dumps(stages, indent=2) + "\n", encoding="utf-8")
+        replace_file(folder / HISTORY, _json(stages))
         num_parameters = sum(p.numel() for p in run.model.parameters())
         card = model_card(run.config.name, num_parameters, stages)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        replace_file(folder / "README.md", card.encode())
     except OSError as error:
-        raise MachineError(f"Cannot export to {folder}: {error}. Free space or permit it.") from error
+        raise MachineError(
+            f"Cannot export to {folder}: {error}. Free space or permit it."
+        ) from error
 
 
 def _earlier_stages(run: AdaptationRun) -> list[dict[str, Any]]:
@@ -87,3 +114,7 @@ def _without_folders(command: list[str]) -> list[str]:
 
 def _loss(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.3f}"
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()

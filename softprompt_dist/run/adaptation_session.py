@@ -65,7 +65,7 @@ def adapt(config: AdaptConfig, *, fresh: bool = False, must_resume: bool = False
 
 
 def export_newest(config: AdaptConfig, folder: Path) -> None:
-    """All ranks: write the newest checkpoint of the run as a Hugging Face folder, and train nothing.
+    """All ranks: write the newest checkpoint as a Hugging Face folder, and train nothing.
 
     Raises:
         CheckpointError: the run has no checkpoint.
@@ -92,7 +92,9 @@ def build_adaptation_run(config: AdaptConfig) -> AdaptationRun:
     tokenizer = ranks.together(lambda: load_tokenizer(tokenizer_folder))
     special = ranks.together(lambda: SpecialIds.of(tokenizer))
     train = _tokenise(config.corpus, tokenizer)
-    validation = _tokenise(config.validation_corpus, tokenizer) if config.validation_corpus else None
+    validation = (
+        _tokenise(config.validation_corpus, tokenizer) if config.validation_corpus else None
+    )
     return AdaptationRun(
         config=config,
         tokenizer=tokenizer,
@@ -109,7 +111,9 @@ def build_adaptation_run(config: AdaptConfig) -> AdaptationRun:
 def _source_folder(config: AdaptConfig) -> Path | None:
     if config.init == "from_config":
         if config.tokenizer is None:
-            raise ConfigError("init is from_config, so `tokenizer` must name a T5 tokenizer folder.")
+            raise ConfigError(
+                "init is from_config, so `tokenizer` must name a T5 tokenizer folder."
+            )
         return None
     if config.backbone is None:
         raise ConfigError("init is from_checkpoint, so `backbone` must name a T5 v1.1 checkpoint.")
@@ -144,7 +148,9 @@ def _train(
             metrics = update_weights(run)
         except NonFiniteLossError as error:
             save(run, store)
-            raise NonFiniteLossError(f"{error} The state after step {run.step} is saved.") from error
+            raise NonFiniteLossError(
+                f"{error} The state after step {run.step} is saved."
+            ) from error
         run.seconds += time.monotonic() - started
         if run.step % config.log_every_steps == 0 or run.step == config.steps:
             journal.log(run.step, metrics)
@@ -171,8 +177,8 @@ def _headline(run: AdaptationRun) -> str:
     start = f"resuming after step {run.step}" if run.step else "starting"
     parameters = sum(p.numel() for p in run.model.parameters())
     return (
-        f"{config.name}: {start}, {config.steps} steps of {config.batch.global_batch_size} examples, "
-        f"{config.objective}, {parameters:,} weights, {len(run.train):,} examples an epoch, "
+        f"{config.name}: {start}, {config.steps} steps of {config.batch.global_batch_size} "
+        f"examples, {config.objective}, {parameters:,} weights, {len(run.train):,} examples an epoch, "
         f"{ranks.world_size()} rank(s)."
     )
 

@@ -42,7 +42,9 @@ class RmsScaledAdamW(torch.optim.Optimizer):
                     self._update(parameter, parameter.grad, group)
         return loss
 
-    def _update(self, parameter: nn.Parameter, grad: torch.Tensor, group: dict[str, object]) -> None:
+    def _update(
+        self, parameter: nn.Parameter, grad: torch.Tensor, group: dict[str, object]
+    ) -> None:
         state = self.state[parameter]
         if not state:
             state["step"] = torch.tensor(0.0)
