@@ -17,7 +17,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from softprompt_dist.data.downloads import cache_directory, exclusive, fetch_from_index
+from softprompt_dist.cache import cache_directory
+from softprompt_dist.data.downloads import exclusive, fetch_from_index
 from softprompt_dist.errors import BackboneError
 
 DEMO_PREFIX = "demo:"

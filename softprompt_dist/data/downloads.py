@@ -12,19 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from softprompt_dist.cache import cache_directory
 from softprompt_dist.errors import DataError
-
-
-def cache_directory() -> Path:
-    """Where fetched and converted files are kept; made if absent.
-
-    `$SOFTPROMPT_CACHE` if set, else `softprompt-dist` in `$XDG_CACHE_HOME` or in `~/.cache`.
-    """
-    chosen = os.environ.get("SOFTPROMPT_CACHE")
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(chosen) if chosen else Path(home) / "softprompt-dist"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def fetch_from_index(requirement: str, filename: str, sha256: str, *, source: bool) -> Path:

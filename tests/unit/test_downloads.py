@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from softprompt_dist.cache import cache_directory
 from softprompt_dist.data import downloads
-from softprompt_dist.data.downloads import cache_directory, exclusive, fetch_from_index
+from softprompt_dist.data.downloads import exclusive, fetch_from_index
 from softprompt_dist.errors import DataError
 
 CONTENT = b"the distribution"
