@@ -79,7 +79,7 @@ class TaskConfig(Section):
     append_eos: bool = True
     """Whether the end-of-sequence piece belongs to the target (T5: yes)."""
     max_examples: Positive | None = None
-    """Use only the first n training rows (after the split)."""
+    """Use only n training rows (after the split), a fair sample that is always the same."""
 
 
 class PromptConfig(Section):

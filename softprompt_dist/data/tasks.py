@@ -28,7 +28,8 @@ class Example:
 class TaskData:
     """A task's examples; `labels` are the distinct target texts in the recipe's order.
 
-    `digests` has for each split the sha256 of its examples, in order.
+    Each split is ordered by the sha256 of its rows' texts: a source may be sorted by label, and yet
+    the first n of a split are a fair sample. `digests`: for each split the sha256 of its examples.
     """
 
     name: str
@@ -68,7 +69,7 @@ def hash_split(text: str, absent: Sequence[str] = ("test", "validation")) -> str
     Bucket = first 32 bits of the sha256 of the UTF-8 text, modulo 10: 0 is test, 1 validation, the
     rest train. Equal texts share a split, whatever the order, the template or the rest of the data.
     """
-    bucket = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) % _NUM_BUCKETS
+    bucket = int(_sha256(text)[:8], 16) % _NUM_BUCKETS
     return next((split for split in absent if _HASH_BUCKETS[split] == bucket), "train")
 
 
@@ -81,11 +82,11 @@ class _Keyed:
 
 
 def _split_by_hash(given: dict[str, list[_Keyed]]) -> dict[str, tuple[Example, ...]]:
-    """The three splits; those that are not given are taken out of train."""
+    """The three splits, ordered by hash; those that are not given are taken out of train."""
     absent = [split for split in _HASH_BUCKETS if split not in given]
     splits: dict[str, list[Example]] = {split: [] for split in SPLITS}
     for split, rows in given.items():
-        for row in rows:
+        for row in sorted(rows, key=lambda row: _sha256(row.split_text)):
             chosen = hash_split(row.split_text, absent) if split == "train" else split
             splits[chosen].append(row.example)
     return {split: tuple(examples) for split, examples in splits.items()}
@@ -164,6 +165,10 @@ def _as_text(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     return str(value)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _digest(examples: Sequence[Example]) -> str:

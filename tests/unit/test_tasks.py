@@ -91,6 +91,17 @@ def test_the_split_does_not_depend_on_the_template(tmp_path):
     assert ["Review: " + e.input_text for e in plain.test] == [e.input_text for e in worded.test]
 
 
+def test_the_first_rows_of_a_split_are_a_fair_sample_even_if_the_file_is_sorted(tmp_path):
+    rows = [{"text": f"snippet {n}", "label": int(n >= 500)} for n in range(1000)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    data = task(train=path, validation=path, max_examples=200)
+    for split in (data.train, data.validation):
+        positive = sum(example.target_text == "positive" for example in split[:200])
+        assert 70 < positive < 130
+    write_jsonl(tmp_path / "rows.jsonl", rows[::-1])
+    assert task(train=path, validation=path, max_examples=200) == data
+
+
 def test_only_the_absent_split_is_taken_from_train(tmp_path):
     train = write_jsonl(tmp_path / "rows.jsonl", ROWS)
     test = write_jsonl(tmp_path / "test.jsonl", [{"text": "kept apart", "label": 0}])
