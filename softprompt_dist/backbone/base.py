@@ -97,9 +97,9 @@ class Backbone(nn.Module):
     def _gathered(self, parameter: nn.Parameter) -> AbstractContextManager[Any]:
         if not self.sharded:
             return nullcontext()
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        return GatheredParameters([parameter])
+        return deepspeed.zero.GatheredParameters([parameter])
 
 
 class Seq2SeqBackbone(Backbone):

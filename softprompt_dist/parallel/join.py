@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import socket
+import warnings
 from collections.abc import Iterator, Mapping, MutableMapping
 
 import torch
@@ -48,6 +49,8 @@ def join_world(*, debug: bool = False) -> None:
         built = check_extension_can_be_had(folder, several_nodes=several_nodes)
         if not built and ranks.is_main():
             log.warning("Compiling DeepSpeed's CPU communication, once: about a minute.")
+    if not debug:
+        _hush_libraries()
     _init_deepspeed("nccl" if on_gpu else "gloo", debug=debug)
     check_one_job(job_nonce(os.environ))
 
@@ -181,6 +184,14 @@ def _init_deepspeed(backend: str, *, debug: bool) -> None:
         raise
     except (RuntimeError, ImportError, OSError) as error:
         raise MachineError(_explain(error, place)) from error
+
+
+def _hush_libraries() -> None:
+    """Keep off the screen what no user of ours can act on: each rank would say it."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
+    # transformers calls T5 v1.1's own head a mistake of the config; `assert_all_arrived` judges that.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 @contextlib.contextmanager

@@ -28,7 +28,8 @@ WEIGHT_PREFIX = "model."
 OPTIMIZER_PREFIX = "optimizer."
 FREE_TO_CHANGE = {
     "run_directory", "steps", "decay_steps", "compile", "checkpoint", "export_steps",
-    "export_dtype", "log_every_steps", "evaluate_every_steps", "max_validation_examples", "validation_corpus",
+    "export_dtype", "log_every_steps", "evaluate_every_steps", "max_validation_examples",
+    "validation_corpus",
     "corpus", "tokenizer", "backbone",
 }  # fmt: skip
 """Settings that a resumed run may have differently. The corpus is compared by its fingerprint."""
@@ -240,5 +241,6 @@ def _check_belongs(run: AdaptationRun, checkpoint: Checkpoint) -> None:
     if different:
         raise CheckpointError(
             f"The checkpoint of step {checkpoint.step} belongs to another run: "
-            f"{'; '.join(different)}. Use the saved values, another --run-dir, or --fresh to set the old run aside."
+            f"{'; '.join(different)}. Use the saved values, another --run-dir, or "
+            "--fresh to set the old run aside."
         )

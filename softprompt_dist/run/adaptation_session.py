@@ -178,8 +178,8 @@ def _headline(run: AdaptationRun) -> str:
     parameters = sum(p.numel() for p in run.model.parameters())
     return (
         f"{config.name}: {start}, {config.steps} steps of {config.batch.global_batch_size} "
-        f"examples, {config.objective}, {parameters:,} weights, {len(run.train):,} examples an epoch, "
-        f"{ranks.world_size()} rank(s)."
+        f"examples, {config.objective}, {parameters:,} weights, {len(run.train):,} examples an "
+        f"epoch, {ranks.world_size()} rank(s)."
     )
 
 

@@ -39,7 +39,7 @@ def evaluate(
     )
     split = bench.splits[split_name]
     if split_name == "test":
-        split = split.first(config.evaluation.max_test_examples)
+        split = split.sample(config.evaluation.max_test_examples)
     predictions = bench.scorer.predict(SoftPrompt(prompt_PD).to(ranks.device()), split.tokens)
 
     def show() -> None:

@@ -71,7 +71,7 @@ def tune(run: TuningRun, state: TuningState, directory: RunDirectory, journal: J
 
 def validate(run: TuningRun, state: TuningState, directory: RunDirectory, journal: Journal) -> None:
     """All ranks: score the prompt on the validation split and keep it if it is the best so far."""
-    split = run.splits["validation"].first(run.config.evaluation.max_validation_examples)
+    split = run.splits["validation"].sample(run.config.evaluation.max_validation_examples)
     predictions = run.scorer.predict(run.prompt, split.tokens)
     score = accuracy(predictions, [e.target_text.strip() for e in split.texts])
     journal.log(state.step, {"accuracy": score}, kind="validation")

@@ -21,7 +21,7 @@ from softprompt_dist.run.tuning import Bench, Split, TuningRun
 
 def test_split(run: Bench) -> Split:
     """The examples that the run's test score counts."""
-    return run.splits["test"].first(run.config.evaluation.max_test_examples)
+    return run.splits["test"].sample(run.config.evaluation.max_test_examples)
 
 
 def count_correct(predictions: Sequence[str], examples: Sequence[Example]) -> int:

@@ -34,9 +34,15 @@ class Split:
     texts: tuple[Example, ...]
     tokens: tuple[TokenExample, ...]
 
-    def first(self, count: int | None) -> Split:
-        """The first `count` examples, or all."""
-        return self if count is None else Split(self.texts[:count], self.tokens[:count])
+    def sample(self, count: int | None) -> Split:
+        """`count` examples, or all: the same ones in every run, wherever they stand in the source.
+
+        Not the first ones: many sources are sorted by label.
+        """
+        if count is None or count >= len(self.texts):
+            return self
+        indices = ExampleOrder(len(self.texts), seed=0).indices(0, count)
+        return Split(tuple(self.texts[i] for i in indices), tuple(self.tokens[i] for i in indices))
 
 
 @dataclass(frozen=True)
