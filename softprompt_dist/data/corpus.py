@@ -2,8 +2,8 @@
 
 A corpus is a list of text files, one document a line. The token ids of all documents lie end to end
 in one flat array beside the offsets of the documents; both are cached under the fingerprint of the
-files and the tokenizer, and read memory-mapped. What the example at a position of the run is, depends
-on (seed, corpus, position) alone.
+files and the tokenizer, and read memory-mapped. What the example at a position of the run is,
+depends on (seed, corpus, position) alone.
 """
 
 from __future__ import annotations

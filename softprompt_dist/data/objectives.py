@@ -1,7 +1,7 @@
 """T5's denoising objectives as pure functions of tokens and a mask (t5/data/preprocessors.py).
 
-Random choices are drawn by `example_generator`, so an example depends on nothing but (seed, position):
-not on the rank, the world size, the micro batch or what was drawn before.
+Random choices are drawn by `example_generator`, so an example depends on nothing but (seed,
+position): not on the rank, the world size, the micro batch or what was drawn before.
 """
 
 from __future__ import annotations
