@@ -49,6 +49,7 @@ def write_t5(model: T5V11, tokenizer: Any, folder: Path, dtype: torch.dtype) -> 
     }
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(str(folder))
+    _forget_how_it_was_loaded(folder / "tokenizer_config.json")
     replace_file(folder / "config.json", _json(config))
     replace_file(folder / "model.safetensors", save(weights, metadata={"format": "pt"}))
 
@@ -83,6 +84,12 @@ def _write(run: AdaptationRun, folder: Path, stages: list[dict[str, Any]]) -> No
         raise MachineError(
             f"Cannot export to {folder}: {error}. Free space or permit it."
         ) from error
+
+
+def _forget_how_it_was_loaded(path: Path) -> None:
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    kept = {k: v for k, v in settings.items() if k not in {"is_local", "local_files_only"}}
+    replace_file(path, _json(kept))
 
 
 def _earlier_stages(run: AdaptationRun) -> list[dict[str, Any]]:
