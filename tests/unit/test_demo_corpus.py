@@ -13,7 +13,7 @@ from softprompt_dist.errors import DataError
 ASSETS = Path(softprompt_dist.__file__).parent / "assets" / "tiny-t5"
 RIVER = (
     "09411430 17 n 02 river 0 water_course 0 003 @ 09448361 n 0000 ~ 09189157 n 0000 "
-    '%p 09389211 n 0000 | a large natural stream of water; "the river was navigable"  \n'
+    "%p 09389211 n 0000 | a large natural stream of water; also salt  \n"
 )
 ADJECTIVE = "00001740 00 a 01 able(p) 0 001 = 05200169 n 0000 | having the necessary means  \n"
 
