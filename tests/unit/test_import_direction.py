@@ -25,11 +25,22 @@ SINGLES = {
     "launcher": set(),
     "cache": {"errors"},
     "durable": {"errors"},
-    "config": {"errors", "cache", "durable"},
+    "config": {"errors"},
+    "recipe": {"errors", "config"},
 }
 """Single module below the folders -> the single modules it may import; any other is a verb."""
 
-LIGHT = ["cli", "launcher", "errors", "cache", "config", "durable", "doctor", "parallel/verb"]
+LIGHT = [
+    "cli",
+    "launcher",
+    "errors",
+    "cache",
+    "config",
+    "recipe",
+    "durable",
+    "doctor",
+    "parallel/verb",
+]
 HEAVY = {"torch", "transformers", "deepspeed", "numpy", "datasets"}
 
 
