@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 
-from softprompt_dist.config import AdaptConfig, load_recipe, to_yaml
+from softprompt_dist.config import AdaptConfig
 from softprompt_dist.errors import ConfigError
 from softprompt_dist.parallel import ranks
 from softprompt_dist.parallel.join import join_world, leave_world
 from softprompt_dist.parallel.verb import VerbParser, run_verb
+from softprompt_dist.recipe import load_recipe, to_yaml
 from softprompt_dist.run.adaptation_session import adapt, export_newest
 
 

@@ -1,6 +1,6 @@
 """`softprompt evaluate`: score a prompt file on a split of its task, on one rank or many.
 
-    softprompt evaluate --prompt runs/demo/prompt/best.safetensors --split validation
+softprompt evaluate --prompt runs/demo/prompt/best.safetensors --split validation
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ def build_parser() -> VerbParser:
         "evaluate", "Score a prompt file. Without --recipe: the config of the run that made it."
     )
     parser.add_recipe_options()
-    parser.add_argument("--prompt", required=True, metavar="FILE", help="prompt file (.safetensors)")
+    parser.add_argument(
+        "--prompt", required=True, metavar="FILE", help="prompt file (.safetensors)"
+    )
     parser.add_argument("--split", default="test", choices=("train", "validation", "test"))
     parser.add_argument(
         "--output", metavar="FILE", help="write input, target and prediction of every row (jsonl)"
@@ -41,16 +43,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     from softprompt_dist.parallel.join import join_world, leave_world
 
     join_world(debug=options.debug)
-    from softprompt_dist.run.evaluation import evaluate
+    from softprompt_dist.run.evaluation import ScoringRequest, evaluate
 
-    evaluate(
-        config,
-        prompt_file,
-        options.split,
-        ds_config=ds_config,
-        output=Path(options.output) if options.output else None,
-        force=options.force,
-    )
+    output = Path(options.output) if options.output else None
+    evaluate(config, ScoringRequest(prompt_file, options.split, output, options.force), ds_config)
     leave_world()
 
 
@@ -59,8 +55,8 @@ def _config_of_run(prompt_file: Path) -> str:
     config_file = prompt_file.absolute().parent.parent / "config.yaml"
     if not config_file.is_file():
         raise ConfigError(
-            f"{prompt_file} does not lie in a run directory (there is no {config_file}), so the task is "
-            "unknown. Name it with --recipe."
+            f"{prompt_file} does not lie in a run directory (there is no {config_file}), so "
+            "the task is unknown. Name it with --recipe."
         )
     return str(config_file)
 

@@ -1,14 +1,14 @@
 """`softprompt train`: tune a soft prompt for a frozen backbone, on one rank or many.
 
-    deepspeed --num_gpus 8 -m softprompt_dist.train --recipe t5-xxl-superglue-boolq
+deepspeed --num_gpus 8 -m softprompt_dist.train --recipe t5-xxl-superglue-boolq
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from softprompt_dist.config import to_yaml
 from softprompt_dist.parallel.verb import VerbParser, run_verb
+from softprompt_dist.recipe import to_yaml
 from softprompt_dist.run.options import tune_config
 
 DEMO_RECIPE = "demo"
@@ -24,7 +24,7 @@ def build_parser() -> VerbParser:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="continue the newest checkpoint (done anyway where there is one); refuse to start anew",
+        help="continue the newest checkpoint, as is done anyway; refuse to start anew",
     )
     parser.add_argument(
         "--fresh",

@@ -2,8 +2,9 @@
 
 Axes: B batch, P prompt, S input tokens, T target tokens, D model width, V vocabulary.
 
-A batch row brings its own prompt (prompt_BPD), so that nothing below assumes that one prompt serves all
-rows. Call the backbone itself, never its submodules: ZeRO-3 gathers weights in hooks that start there.
+A batch row brings its own prompt (prompt_BPD), so that nothing below assumes that one prompt
+serves all rows. Call the backbone itself, never its submodules: ZeRO-3 gathers weights in hooks
+that start there.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Backbone(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """dtype of the weights, which is that of the activations."""
+        """Of the weights, and so of the activations."""
         return next(self.model.parameters()).dtype
 
     @property

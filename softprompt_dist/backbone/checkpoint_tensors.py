@@ -22,7 +22,9 @@ def checkpoint_files(folder: Path) -> list[Path]:
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         index = folder / f"{stem}.{suffix}.index.json"
         if index.is_file():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
             files = [folder / name for name in names]
         else:
             files = [folder / f"{stem}.{suffix}"]
@@ -46,7 +48,9 @@ def checkpoint_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
                     for name in stored.keys():  # noqa: SIM118 (not a mapping)
                         yield name, stored.get_tensor(name)
             else:
-                yield from torch.load(file, map_location="cpu", mmap=True, weights_only=True).items()
+                yield from torch.load(
+                    file, map_location="cpu", mmap=True, weights_only=True
+                ).items()
         except (SafetensorError, OSError, RuntimeError, EOFError) as error:
             raise BackboneError(f"Cannot read {file}: {error}. Fetch the file again.") from error
 
@@ -80,7 +84,8 @@ def assert_all_arrived(model: nn.Module, folder: Path, *, tied_head: bool) -> No
             missing.append("lm_head.weight")
     if wrong or missing:
         raise BackboneError(
-            f"Backbone {folder} did not load whole: no stored value for {missing[:5]}, other values than "
-            f"stored in {wrong[:5]} ({len(missing)} and {len(wrong)} tensors). A prompt tuned on it would "
+            f"Backbone {folder} did not load whole: no stored value for {missing[:5]}, other "
+            f"values than stored in {wrong[:5]} ({len(missing)} and {len(wrong)} tensors). A "
+            "prompt tuned on it would "
             "be worthless. Check the checkpoint, and `tie_word_embeddings` in its config.json."
         )

@@ -41,8 +41,8 @@ def read_engine_config(path: str | Path) -> dict[str, Any]:
         problems.append("enables fp16, in which T5 overflows. Use bf16.")
     if _stage(values) not in (0, 3):
         problems.append(
-            f"sets ZeRO stage {_stage(values)}, which shards gradients and optimizer states that a frozen "
-            "backbone does not have. Use 3 (sharded) or 0 (replicated)."
+            f"sets ZeRO stage {_stage(values)}, which shards gradients and optimizer states "
+            "that a frozen backbone does not have. Use 3 (sharded) or 0 (replicated)."
         )
     if problems:
         raise ConfigError(f"ds_config {path}\n" + "\n".join(f"  - {p}" for p in problems))

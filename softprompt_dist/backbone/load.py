@@ -56,13 +56,16 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         BackboneError: none there, or unreadable.
     """
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise BackboneError(f"No usable tokenizer in {folder}: {error}") from error
+    # Else it is written into the config of every tokenizer that is saved from this one.
+    tokenizer.init_kwargs.pop("local_files_only", None)
+    return tokenizer
 
 
 def load_backbone(config: BackboneConfig, ds_config: dict[str, Any] | None = None) -> Backbone:
-    """All ranks: read the frozen model whole, prove that it is, then shard it or move it to the device.
+    """All ranks: read the frozen model whole, prove that it is, then shard or move it.
 
     Raises:
         BackboneError: unreadable, incomplete or unsupported checkpoint.
@@ -104,7 +107,8 @@ def _from_hub(config: BackboneConfig) -> Path:
         reason = str(error).strip().splitlines()[0]
         raise BackboneError(
             f"Backbone {config.path!r} is neither a folder nor reachable on the hub ({reason}). "
-            "Set backbone.path to a Hugging Face folder on disk, or fetch it once on a machine with network."
+            "Set backbone.path to a Hugging Face folder on disk, or fetch it once on a "
+            "machine with network."
         ) from error
     return folder
 
@@ -112,7 +116,9 @@ def _from_hub(config: BackboneConfig) -> Path:
 def _read(folder: Path, config: BackboneConfig) -> Backbone:
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if "auto_map" in raw:
-        raise BackboneError(f"{folder}/config.json asks for code of its own (auto_map), which is never run.")
+        raise BackboneError(
+            f"{folder}/config.json asks for code of its own (auto_map), which is never run."
+        )
     try:
         model_config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
         for name in _DROPOUT_NAMES:

@@ -189,7 +189,7 @@ def _init_deepspeed(backend: str, *, debug: bool) -> None:
 def _hush_libraries() -> None:
     """Keep off the screen what no user of ours can act on: each rank would say it."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
-    # transformers calls T5 v1.1's own head a mistake of the config; `assert_all_arrived` judges that.
+    # transformers takes T5 v1.1's own head for a mistake; `assert_all_arrived` judges that.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 

@@ -104,7 +104,7 @@ def run_verb(main: Main, argv: Sequence[str] | None = None) -> NoReturn:
         _leave(failure.exit_code)
     if int(os.environ.get("WORLD_SIZE") or "1") > 1:
         # All is written and the ranks have parted. Gloo's threads can still abort the interpreter's
-        # own teardown ("terminate called without an active exception"), which would read as failure.
+        # own teardown ("terminate called without an active exception"), which reads as failure.
         _exit_now(0)
     sys.exit(0)
 

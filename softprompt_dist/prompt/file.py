@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from softprompt_dist.errors import PromptFileError
 from softprompt_dist.durable import replace_file
+from softprompt_dist.errors import PromptFileError
 
 log = logging.getLogger(__name__)
 

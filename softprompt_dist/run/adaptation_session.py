@@ -10,11 +10,12 @@ from typing import Any
 from softprompt_dist.backbone.load import load_tokenizer, locate_backbone
 from softprompt_dist.backbone.t5_v11 import T5V11, new_t5, read_t5
 from softprompt_dist.cache import cache_directory
-from softprompt_dist.config import AdaptConfig, BackboneConfig, to_yaml
+from softprompt_dist.config import AdaptConfig, BackboneConfig
 from softprompt_dist.data.corpus import TokenisedCorpus, tokenise_corpus
 from softprompt_dist.data.denoising import DenoisingData, SpecialIds
 from softprompt_dist.errors import CheckpointError, ConfigError, NonFiniteLossError
 from softprompt_dist.parallel import ranks
+from softprompt_dist.recipe import to_yaml
 from softprompt_dist.run.adaptation import (
     AdaptationRun,
     StopRequest,

@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
+from softprompt_dist.durable import flush_folder, write_file
 from softprompt_dist.errors import CheckpointError
 from softprompt_dist.parallel import ranks
 from softprompt_dist.run.checkpoint_format import (
@@ -30,7 +31,6 @@ from softprompt_dist.run.checkpoint_format import (
     encode_checkpoint,
     read_checkpoint,
 )
-from softprompt_dist.durable import flush_folder, write_file
 from softprompt_dist.run.random_state import (
     derived_random_state,
     random_state,

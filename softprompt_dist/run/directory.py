@@ -18,9 +18,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from softprompt_dist.durable import replace_file
 from softprompt_dist.errors import MachineError
 from softprompt_dist.parallel import ranks
-from softprompt_dist.durable import replace_file
 
 
 class RunDirectory:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,20 @@ from softprompt_dist.run.report import ScoreRow, results_table
 from softprompt_dist.run.tuning import build_bench
 
 
+@dataclass(frozen=True)
+class ScoringRequest:
+    """Which prompt to score on what."""
+
+    prompt_file: Path
+    split: str = "test"
+    output: Path | None = None
+    """Where every row's input, target and prediction go (jsonl)."""
+    force: bool = False
+    """Accept a prompt that was tuned for another backbone."""
+
+
 def evaluate(
-    config: TuneConfig,
-    prompt_file: Path,
-    split_name: str,
-    *,
-    ds_config: dict[str, Any] | None = None,
-    output: Path | None = None,
-    force: bool = False,
+    config: TuneConfig, request: ScoringRequest, ds_config: dict[str, Any] | None = None
 ) -> list[str]:
     """All ranks: predictions of a prompt on a split; rank 0 prints the score beside its floors.
 
@@ -30,15 +37,17 @@ def evaluate(
         PromptFileError: the file is unreadable, or belongs to another backbone and not `force`.
         SoftpromptError: see `build_bench`.
     """
-    ranks.together(lambda: load_prompt(prompt_file))  # before any weight is read
+    ranks.together(lambda: load_prompt(request.prompt_file))  # before any weight is read
     bench = build_bench(config, ds_config)
     prompt_PD, _ = ranks.together(
         lambda: load_prompt(
-            prompt_file, backbone_fingerprint=bench.backbone.fingerprint, force=force
+            request.prompt_file,
+            backbone_fingerprint=bench.backbone.fingerprint,
+            force=request.force,
         )
     )
-    split = bench.splits[split_name]
-    if split_name == "test":
+    split = bench.splits[request.split]
+    if request.split == "test":
         split = split.sample(config.evaluation.max_test_examples)
     predictions = bench.scorer.predict(SoftPrompt(prompt_PD).to(ranks.device()), split.tokens)
 
@@ -51,9 +60,9 @@ def evaluate(
                 ("tuned prompt", predictions),
             )
         ]
-        print(f"{bench.task.name}, {split_name}\n{results_table(rows)}", flush=True)
-        if output is not None:
-            write_predictions(output, split.texts, predictions)
+        print(f"{bench.task.name}, {request.split}\n{results_table(rows)}", flush=True)
+        if request.output is not None:
+            write_predictions(request.output, split.texts, predictions)
 
     ranks.on_main(show)
     return predictions

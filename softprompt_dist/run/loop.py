@@ -40,7 +40,7 @@ _FREE_TO_CHANGE: dict[str, Any] = {
     "batch": {"micro_batch_size"},
     "evaluation": {"batch_size", "max_test_examples"},
 }
-"""Settings that a resume may change, since no result depends on them (or the fingerprint decides)."""
+"""Settings that a resume may change: no result depends on them, or the fingerprint decides."""
 
 
 @dataclass
@@ -114,7 +114,7 @@ def checkpoint_store(config: TuneConfig, directory: RunDirectory) -> CheckpointS
 
 
 def save(run: TuningRun, state: TuningState, store: CheckpointStore) -> None:
-    """All ranks: publish prompt, optimizer and cursor, after checking that the prompts are equal."""
+    """All ranks: publish prompt, optimizer and cursor, once the prompts are found equal."""
     digest = assert_equal_on_all_ranks(run.prompt.weight, "The prompt")
     tensors = {
         "prompt": run.prompt.weight.detach().cpu(),
@@ -208,7 +208,9 @@ def _check_belongs(run: TuningRun, values: dict[str, Any]) -> None:
     }
     different = [key for key in now if now[key] != then.get(key)]
     if different:
-        lines = "\n".join(f"  - {key}: saved {then.get(key)!r}, now {now[key]!r}" for key in different)
+        lines = "\n".join(
+            f"  - {key}: saved {then.get(key)!r}, now {now[key]!r}" for key in different
+        )
         raise CheckpointError(
             f"The checkpoint of step {values['step']} belongs to another run:\n{lines}\n"
             "Use the saved values, another --run-dir, or --fresh to set the old run aside."

@@ -6,7 +6,8 @@ import argparse
 from typing import Any
 
 from softprompt_dist.backbone.engine import apply_engine_config, read_engine_config
-from softprompt_dist.config import TuneConfig, load_recipe
+from softprompt_dist.config import TuneConfig
+from softprompt_dist.recipe import load_recipe
 
 
 def tune_config(options: argparse.Namespace) -> tuple[TuneConfig, dict[str, Any] | None]:

@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-
 from softprompt_dist.data.floors import majority_class, naive_bayes
 from softprompt_dist.data.tasks import Example
 from softprompt_dist.parallel import ranks
@@ -58,8 +57,14 @@ def _write(
     split = test_split(run)
     total = len(split.texts)
     rows = [
-        ScoreRow("majority class", count_correct(majority_class(run.task, split.texts), split.texts), total),
-        ScoreRow("naive Bayes", count_correct(naive_bayes(run.task, split.texts), split.texts), total),
+        ScoreRow(
+            "majority class",
+            count_correct(majority_class(run.task, split.texts), split.texts),
+            total,
+        ),
+        ScoreRow(
+            "naive Bayes", count_correct(naive_bayes(run.task, split.texts), split.texts), total
+        ),
         ScoreRow("untuned prompt", state.untuned_correct, total),
         ScoreRow("tuned prompt", count_correct(predictions, split.texts), total),
     ]
@@ -67,11 +72,11 @@ def _write(
     floors = {f"{row.name} (test)": row.accuracy for row in rows[:2]}
     plot = directory.plots / "learning_curve.png"
     plot_learning_curve(directory.metrics, floors, plot)
-    journal.say("\n" + write_report(directory, rows, title=f"{run.config.name}: {run.task.name}, test"))
+    journal.say(
+        "\n" + write_report(directory, rows, title=f"{run.config.name}: {run.task.name}, test")
+    )
     journal.say(f"Best prompt (step {state.best_step}): {directory.prompts / 'best.safetensors'}")
     journal.say(f"Learning curve: {plot}")
-
-
 
 
 def write_predictions(path: Path, examples: Sequence[Example], predictions: Sequence[str]) -> None:

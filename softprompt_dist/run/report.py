@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from softprompt_dist.run.directory import RunDirectory
 from softprompt_dist.durable import replace_file
+from softprompt_dist.run.directory import RunDirectory
 from softprompt_dist.run.learning_curve import plot_learning_curve
 from softprompt_dist.run.metrics import wilson_interval
 

@@ -1,4 +1,4 @@
-"""Predictions of a prompt on examples, split over the ranks: nothing dropped, nothing counted twice.
+"""Predictions of a prompt on examples, over all ranks: none dropped, none counted twice.
 
 Axes: B batch, T target tokens, V vocabulary, L labels.
 """
@@ -43,8 +43,8 @@ class Scorer:
         """All ranks: one predicted string per example, in the order given, on every rank.
 
         Rows are sorted by length, so that a batch holds little padding, and dealt to the ranks in
-        equal numbers: the last batch is filled up with rows whose predictions are thrown away, since
-        every rank must reach every gather.
+        equal numbers: the last batch is filled up with rows whose predictions are thrown away,
+        since every rank must reach every gather.
         """
         was_training = self.backbone.training
         self.backbone.eval()

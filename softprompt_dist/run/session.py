@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from softprompt_dist.backbone.fingerprint import assert_unchanged
-from softprompt_dist.config import TuneConfig, to_yaml
+from softprompt_dist.config import TuneConfig
 from softprompt_dist.errors import CheckpointError
 from softprompt_dist.parallel import ranks
+from softprompt_dist.recipe import to_yaml
 from softprompt_dist.run.directory import RunDirectory
 from softprompt_dist.run.environment import describe_environment
 from softprompt_dist.run.journal import Journal
@@ -42,8 +43,8 @@ def train(
     state = restore(run, store)
     if must_resume and state.step == 0:
         raise CheckpointError(
-            f"--resume was given, but {directory.checkpoints} holds no checkpoint. Check --run-dir, or "
-            "leave --resume out to start at step 0."
+            f"--resume was given, but {directory.checkpoints} holds no checkpoint. Check "
+            "--run-dir, or leave --resume out to start at step 0."
         )
     # Only once the checkpoint has been found to belong to this recipe.
     directory.record(to_yaml(config), describe_environment())

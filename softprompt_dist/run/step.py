@@ -1,7 +1,11 @@
-"""One update of the prompt. Axes: B batch, P prompt, D model width, T target tokens, V vocabulary."""
+"""One update of the prompt.
+
+Axes: B batch, P prompt, D model width, T target tokens, V vocabulary.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -19,8 +23,8 @@ def accumulate_gradient(
 ) -> dict[str, float]:
     """All ranks: put the gradient of the loss per token, over all ranks' batches, into the prompt.
 
-    The loss is the sum over target tokens divided by their number over all ranks (not the mean of the
-    ranks' means), so the gradient does not depend on how the global batch is dealt.
+    The loss is the sum over target tokens divided by their number over all ranks (not the mean of
+    the ranks' means), so the gradient does not depend on how the global batch is dealt.
 
     Returns:
         `loss` (with z-loss) and `cross_entropy` per token in nats, `num_tokens`, `gradient_norm`.
@@ -42,10 +46,11 @@ def accumulate_gradient(
     total, cross_entropy, num_tokens = ranks.all_reduce_sum(sums).tolist()
     gradient_PD /= num_tokens
     gradient_norm = float(gradient_PD.norm())
-    if not all(map(_is_finite, (total, gradient_norm))):
+    if not (math.isfinite(total) and math.isfinite(gradient_norm)):
         raise NonFiniteLossError(
-            f"The loss is {total / num_tokens} and the gradient's norm {gradient_norm}; both must be finite. "
-            "The update was not applied. Lower optimizer.learning_rate, or look at the batch of this step."
+            f"The loss is {total / num_tokens} and the gradient's norm {gradient_norm}; both must "
+            "be finite. The update was not applied. Lower optimizer.learning_rate, or look at the "
+            "batch of this step."
         )
     return {
         "loss": total / num_tokens,
@@ -53,7 +58,3 @@ def accumulate_gradient(
         "num_tokens": num_tokens,
         "gradient_norm": gradient_norm,
     }
-
-
-def _is_finite(value: float) -> bool:
-    return value - value == 0.0

@@ -19,6 +19,7 @@ from softprompt_dist.data.order import ExampleOrder
 from softprompt_dist.data.tasks import Example, TaskData, load_task
 from softprompt_dist.errors import ConfigError, InvariantError
 from softprompt_dist.parallel import ranks
+from softprompt_dist.parallel.equality import assert_equal_on_all_ranks
 from softprompt_dist.prompt.initialise import initialise_prompt
 from softprompt_dist.prompt.module import SoftPrompt
 from softprompt_dist.run.optimizer import build_optimizer
@@ -98,7 +99,8 @@ def check_world(config: TuneConfig | AdaptConfig, world_size: int) -> None:
         raise ConfigError(
             f"batch.global_batch_size is {batch.global_batch_size}, but {world_size} ranks x "
             f"batch.micro_batch_size {batch.micro_batch_size} = {per_update} must divide it. Use "
-            f"batch.global_batch_size={multiple}, another batch.micro_batch_size, or another number of ranks."
+            f"batch.global_batch_size={multiple}, another batch.micro_batch_size, or another "
+            "number of ranks."
         )
 
 
@@ -140,6 +142,7 @@ def build_tuning_run(config: TuneConfig, ds_config: dict[str, Any] | None = None
         backbone_checksum=local_checksum(bench.backbone),
     )
     assert_only_prompt_trains(run)
+    assert_equal_on_all_ranks(prompt.weight, "The initial prompt")
     return run
 
 
@@ -153,7 +156,8 @@ def assert_only_prompt_trains(run: TuningRun) -> None:
     prompt = run.prompt.weight
     if trainable or not prompt.requires_grad or prompt.dtype != torch.float32:
         raise InvariantError(
-            f"Only the prompt may train, in fp32: backbone weights {trainable[:5]} require gradients; "
+            f"Only the prompt may train, in fp32: backbone weights {trainable[:5]} require "
+            "gradients; "
             f"the prompt: requires_grad={prompt.requires_grad}, {prompt.dtype}."
         )
 

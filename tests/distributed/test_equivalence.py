@@ -1,8 +1,9 @@
 """One prompt, one batch, one set of weights: the same loss and gradient whoever computes them.
 
-The reference is plain Hugging Face T5 with concatenated embeddings; then PEFT; then ours, on one rank
-and two, replicated and ZeRO-3. The T5's lm_head differs from its embedding, since a loader that ties
-them would pass unnoticed otherwise.
+The reference is plain Hugging Face T5 with concatenated embeddings; then PEFT; then ours, on one
+rank
+and two, replicated and ZeRO-3. The T5's lm_head differs from its embedding, since a loader that
+ties them would pass unnoticed otherwise.
 """
 
 import equivalence
@@ -19,7 +20,7 @@ CELLS = [("replicated", 1), ("replicated", 2), ("zero3", 2)]
 
 
 @pytest.fixture(scope="module")
-def prompt_PD():
+def prompt_PD():  # noqa: N802
     return torch.randn(P, D, generator=torch.Generator().manual_seed(3))
 
 
@@ -88,7 +89,9 @@ def assert_same(ours, reference):
     torch.testing.assert_close(gradient, reference[1], rtol=0, atol=TOLERANCE)
 
 
-def ours_on_ranks(run_on_ranks, folder, prompt_PD, tmp_path, sharding, world_size):
+def ours_on_ranks(  # noqa: PLR0913
+    run_on_ranks, folder, prompt_PD, tmp_path, sharding, world_size
+):
     prompt_file = tmp_path / "prompt.safetensors"
     save_file({"prompt": prompt_PD}, prompt_file)
     return run_on_ranks(
@@ -107,7 +110,7 @@ def test_peft_and_plain_hugging_face_agree(prompt_PD):
 
 @pytest.mark.parametrize(("sharding", "world_size"), CELLS)
 @pytest.mark.parametrize(("make", "plain"), [(make_t5, plain_t5), (make_llama, plain_llama)])
-def test_every_cell_gives_the_reference_gradient(
+def test_every_cell_gives_the_reference_gradient(  # noqa: PLR0913
     run_on_ranks, prompt_PD, tmp_path, make, plain, sharding, world_size
 ):
     folder = save_model(make(), tmp_path / "backbone")

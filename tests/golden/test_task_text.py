@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from softprompt_dist.config import SourceConfig, TuneConfig, load_recipe
+from softprompt_dist.config import SourceConfig, TuneConfig
 from softprompt_dist.data.tasks import load_task
+from softprompt_dist.recipe import load_recipe
 
 DATA = Path(__file__).parent / "data"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from softprompt_dist.config import recipe_names
+from softprompt_dist.recipe import recipe_names
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "slurm" / "train_xxl.sh"

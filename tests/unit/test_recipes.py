@@ -1,6 +1,7 @@
 import pytest
 
-from softprompt_dist.config import AdaptConfig, TuneConfig, load_recipe, recipe_names
+from softprompt_dist.config import AdaptConfig, TuneConfig
+from softprompt_dist.recipe import load_recipe, recipe_names
 
 
 @pytest.mark.parametrize("name", recipe_names())

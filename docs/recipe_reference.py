@@ -1,0 +1,67 @@
+"""Write docs/recipes.md from the config's own field docstrings.
+
+python docs/recipe_reference.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+from softprompt_dist.config import AdaptConfig, Section, TuneConfig
+
+HEADER = """# Recipes
+
+<!-- Written by `python docs/recipe_reference.py`; a test compares it with the code. -->
+
+A recipe is a YAML file with the keys below; what it leaves out has the default shown. Precedence,
+highest
+first: command line (`--steps`, `--run-dir`, `--deepspeed_config`, `--set key.subkey=value`),
+recipe, default.
+An unknown key is refused, and the nearest valid one is named. `softprompt train --recipe NAME
+--dry-run` prints the final config.
+
+## Splits
+
+Where a source has no validation or test split, it is taken from train by the text alone: bucket =
+first 32
+bits of the text's sha256, modulo 10; bucket 0 is test, 1 is validation, the rest is train. Equal
+texts land in the same split, on every machine.
+"""
+
+
+def rows(section: type[Section], prefix: str = "") -> Iterator[str]:
+    """One table row a key, nested sections in place."""
+    for name, field in section.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            yield from rows(annotation, f"{prefix}{name}.")
+            continue
+        required = field.is_required()
+        default = "required" if required else f"`{field.get_default(call_default_factory=True)}`"
+        text = " ".join((field.description or "").split())
+        choices = [f"`{value}`" for value in literals(annotation)]
+        meaning = " ".join(filter(None, [", ".join(choices) + "." if choices else "", text]))
+        yield f"| `{prefix}{name}` | {default} | {meaning.replace('|', chr(92) + '|')} |"
+
+
+def literals(annotation: Any) -> list[Any]:
+    """The values that a Literal allows."""
+    values = get_args(annotation)
+    return list(values) if values and all(isinstance(value, str) for value in values) else []
+
+
+def reference() -> str:
+    """The whole page."""
+    parts = [HEADER]
+    for title, section in (("train and evaluate", TuneConfig), ("adapt", AdaptConfig)):
+        parts.append(f"## Keys of `softprompt {title}`\n")
+        parts.append(
+            "| key | default | meaning |\n|---|---|---|\n" + "\n".join(rows(section)) + "\n"
+        )
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    Path(__file__).with_name("recipes.md").write_text(reference(), encoding="utf-8")

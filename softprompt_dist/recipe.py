@@ -1,0 +1,142 @@
+"""One recipe (YAML) plus dotted overrides becomes one checked, frozen config.
+
+Precedence, highest first: command line (`--steps`, `--set key=value`), recipe file, the defaults of
+`config.py`. Unknown keys are refused with the nearest valid one; all problems are named at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import ValidationError
+
+from softprompt_dist.config import Section
+from softprompt_dist.errors import ConfigError
+
+RecipeT = TypeVar("RecipeT", bound=Section)
+
+
+def load_recipe(
+    kind: type[RecipeT], recipe: str | Path | None, overrides: Sequence[str] = ()
+) -> RecipeT:
+    """Read a recipe by packaged name or path, apply `a.b=value` overrides, check everything.
+
+    Raises:
+        ConfigError: the file is missing or unreadable, or any key or value is wrong; all
+            problems of the recipe are named in one message.
+    """
+    values = {} if recipe is None else _read(Path(resolve_recipe(recipe)))
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        problems = "\n".join(f"  - {_describe(kind, e)}" for e in error.errors())
+        raise ConfigError(f"{recipe or 'The recipe'} has problems:\n{problems}") from error
+
+
+def recipe_names() -> list[str]:
+    """Names of the packaged recipes."""
+    folder = resources.files("softprompt_dist") / "recipes"
+    return sorted(Path(f.name).stem for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def resolve_recipe(recipe: str | Path) -> Path:
+    """A path as it is, or the file of the packaged recipe of that name.
+
+    Raises:
+        ConfigError: neither a file nor a packaged recipe.
+    """
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    packaged = Path(str(resources.files("softprompt_dist") / "recipes" / f"{recipe}.yaml"))
+    if packaged.is_file():
+        return packaged
+    names = recipe_names()
+    hint = difflib.get_close_matches(str(recipe), names, n=1)
+    nearest = f" Did you mean {hint[0]!r}?" if hint else ""
+    raise ConfigError(
+        f"Recipe {str(recipe)!r} is neither a file nor a packaged recipe.{nearest} "
+        f"Packaged: {', '.join(names)}."
+    )
+
+
+def to_yaml(config: Section) -> str:
+    """The whole config as YAML that `load_recipe` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"Cannot read recipe {path}: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"Recipe {path} must be a mapping of keys, found {type(values).__name__}."
+        )
+    return values
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"Override {override!r} must have the form key.subkey=value.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"Override {override!r} has no readable YAML value: {error}") from error
+    *parents, last = key.split(".")
+    node = values
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"Override {override!r}: {parent!r} is a value, not a section.")
+        node = child
+    node[last] = value
+
+
+def _describe(kind: type[Section], error: Any) -> str:
+    location = [str(part) for part in error["loc"]]
+    name = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        valid = _keys(_section_at(kind, location[:-1]))
+        close = difflib.get_close_matches(location[-1], valid, n=1)
+        nearest = f" Did you mean {close[0]!r}?" if close else ""
+        return f"Unknown key {name!r}.{nearest} Known keys here: {', '.join(valid)}."
+    message = error["msg"].removeprefix("Value error, ")
+    value = f" (found {error['input']!r})" if name and error["type"] != "missing" else ""
+    hint = (
+        " fp16 breaks T5 (its activations overflow); use bf16." if error["input"] == "fp16" else ""
+    )
+    return f"{name + ': ' if name else ''}{message}{value}{hint}"
+
+
+def _section_at(kind: type[Section], location: Sequence[str]) -> type[Section]:
+    for name in location:
+        field = kind.model_fields.get(name)
+        inner = next(_sections(field.annotation), None) if field else None
+        if inner is None:
+            break
+        kind = inner
+    return kind
+
+
+def _sections(annotation: Any) -> Iterator[type[Section]]:
+    if get_origin(annotation) is Union:
+        for argument in get_args(annotation):
+            yield from _sections(argument)
+    elif isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+
+
+def _keys(kind: type[Section]) -> list[str]:
+    return list(kind.model_fields)
