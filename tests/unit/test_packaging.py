@@ -89,3 +89,11 @@ def test_wheel_carries_recipes_and_assets(distribution: Path) -> None:
             if p.is_file() and "__pycache__" not in p.parts
         }
         assert wanted <= set(names)
+
+
+def test_an_install_leaves_the_user_s_torch_alone(distribution: Path) -> None:
+    with zipfile.ZipFile(distribution) as wheel:
+        (name,) = [n for n in wheel.namelist() if n.endswith("/METADATA")]
+        metadata = wheel.read(name).decode()
+    required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist: torch")]
+    assert required == ["Requires-Dist: torch>=2.10"]
