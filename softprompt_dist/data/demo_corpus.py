@@ -89,6 +89,21 @@ def wordnet_questions(path: Path) -> Iterator[str]:
         yield f"{'Who' if kind == 'person' else 'What'} is {word} ? {kind} : {gloss}"
 
 
+def thesaurus_entries(path: Path) -> Iterator[str]:
+    """One line a word of a MyThes file: `tedious: boring, dull, slow; long-winded, wordy`."""
+    word, meanings = "", list[str]()
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        if not line.startswith("("):
+            if meanings:
+                yield f"{word}: {'; '.join(meanings)}"
+            word, meanings = line.partition("|")[0], []
+            continue
+        synonyms = [re.sub(r" \(.*\)$", "", part) for part in line.split("|")[1:]]
+        meanings.append(", ".join(s for s in synonyms if s.lower() != word))
+    if meanings:
+        yield f"{word}: {'; '.join(meanings)}"
+
+
 def paragraphs(text: str) -> Iterator[str]:
     """Prose paragraphs of a plain text: short lines, code, tables and markup are dropped."""
     for block in re.split(r"\n\s*\n", text):
@@ -114,12 +129,14 @@ def debian_documents(folder: Path) -> dict[str, Iterator[str]]:
     """Texts of Debian packages unpacked (`dpkg -x`) somewhere below `folder`, by output name."""
     nouns = sorted(folder.rglob("data.noun"))
     others = [p for name in ("verb", "adj", "adv") for p in sorted(folder.rglob(f"data.{name}"))]
+    thesaurus = sorted(folder.rglob("th_en_US_v2.dat"))
     foldoc = sorted(folder.rglob("foldoc.dict.dz")) + sorted(folder.rglob("jargon.dict.dz"))
     pages = sorted(folder.rglob("python3.11/html/**/*.html"))
     fortunes = [p for p in sorted(folder.rglob("games/fortunes/*")) if not p.suffix]
     return {
         "wordnet": (line for p in nouns + others for line in wordnet_glosses(p)),
         "wordnet-questions": (line for p in nouns for line in wordnet_questions(p)),
+        "thesaurus": (t for p in thesaurus for t in thesaurus_entries(p)),
         "computing-dictionaries": (t for p in foldoc for t in paragraphs(_read_gzip(p))),
         "python-documentation": (t for p in pages for t in html_paragraphs(_read(p))),
         "fortunes": (" ".join(t.split()) for p in fortunes for t in _read(p).split("\n%\n")),

@@ -31,6 +31,15 @@ def test_wordnet_lines_become_sentences_and_questions(tmp_path):
     assert list(demo_corpus.wordnet_glosses(path)) == ["able: having the necessary means"]
 
 
+def test_a_thesaurus_becomes_a_line_a_word(tmp_path):
+    path = tmp_path / "th_en_US_v2.dat"
+    path.write_text(
+        "UTF-8\ntedious|2\n(adj)|boring|Tedious|dull (similar term)\n(adj)|wordy\n"
+        "ten|1\n(noun)|10\n"
+    )
+    assert list(demo_corpus.thesaurus_entries(path)) == ["tedious: boring, dull; wordy", "ten: 10"]
+
+
 def test_snippets_of_held_out_splits_never_reach_the_corpus(tmp_path):
     texts = [f"The film number {i} was long." for i in range(100)]
     for name in demo_corpus.VADER_FILES.values():
