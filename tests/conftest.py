@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import runs
+
+
+@pytest.fixture(scope="session")
+def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random T5 v1.1 with a tokenizer. Shared: copy it before changing anything."""
+    return runs.save_t5(tmp_path_factory.mktemp("backbones") / "t5")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random Llama with a tokenizer. Shared: copy it before changing anything."""
+    return runs.save_llama(tmp_path_factory.mktemp("backbones") / "llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with train.jsonl, validation.jsonl and test.jsonl."""
+    folder = tmp_path_factory.mktemp("data")
+    for seed, (split, count) in enumerate({"train": 150, "validation": 21, "test": 21}.items()):
+        runs.write_rows(folder / f"{split}.jsonl", runs.make_rows(count, seed))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tiny_t5: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Recipe file of a run on the tiny T5, replicated, without dropout."""
+    folder = tmp_path_factory.mktemp("recipe")
+    return runs.write_recipe(folder / "tiny.yaml", runs.tiny_recipe(tiny_t5, tiny_data))
+
+
+@pytest.fixture(scope="session")
+def zero3_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ds_config that shards even the smallest tensors."""
+    path = tmp_path_factory.mktemp("ds") / "zero3.json"
+    path.write_text(json.dumps(runs.PARTITION_EVERYTHING))
+    return path
+
+
+@pytest.fixture
+def lone_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Lets a verb run in this process as a world of one, and leaves no trace of that world."""
+    from softprompt_dist.parallel.join import leave_world
+
+    before = dict(os.environ)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    leave_world()
+    os.environ.clear()
+    os.environ.update(before)
