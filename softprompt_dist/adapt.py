@@ -8,15 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from softprompt_dist.config import AdaptConfig
 from softprompt_dist.errors import ConfigError
-from softprompt_dist.parallel import ranks
-from softprompt_dist.parallel.join import join_world, leave_world
 from softprompt_dist.parallel.verb import VerbParser, run_verb
 from softprompt_dist.recipe import load_recipe, to_yaml
-from softprompt_dist.run.adaptation_session import adapt, export_newest
 
 
 def build_parser() -> VerbParser:
@@ -63,20 +58,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = load_recipe(AdaptConfig, options.recipe, overrides)
     if config.run_directory is None:
         config = config.model_copy(update={"run_directory": f"runs/{config.name}"})
+
+    # Only now torch and its like: a wrong option or recipe is answered at once.
+    import torch
+
+    from softprompt_dist.parallel import ranks
+    from softprompt_dist.parallel.join import join_world, leave_world
+
     if options.dry_run:
         if ranks.is_main():
             print(to_yaml(config), end="")
         return
     join_world(debug=options.debug)
+    from softprompt_dist.run.adaptation_session import adapt, export_newest
+
     # Numbers too small to matter slow a CPU down tenfold.
     torch.set_flush_denormal(True)
-    try:
-        if options.export:
-            export_newest(config, Path(options.export))
-        else:
-            adapt(config, fresh=options.fresh, must_resume=options.resume)
-    finally:
-        leave_world()
+    if options.export:
+        export_newest(config, Path(options.export))
+    else:
+        adapt(config, fresh=options.fresh, must_resume=options.resume)
+    leave_world()
 
 
 if __name__ == "__main__":

@@ -67,7 +67,8 @@ def open_text(path: Path) -> IO[str]:
     """
     if not path.is_file():
         raise DataError(f"Text file {path} does not exist. Give a path to plain text, .gz or .xz.")
-    opener: Callable[..., Any] = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
+    opener = openers.get(path.suffix, open)
     return cast(IO[str], opener(path, "rt", encoding="utf-8"))
 
 

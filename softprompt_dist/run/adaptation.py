@@ -110,7 +110,7 @@ def update_weights(run: AdaptationRun) -> dict[str, float]:
     sums = torch.zeros(3, dtype=torch.float64)
     for batch in local_batches(run, run.step):
         losses = run.losses(batch)
-        (losses[0] / positions).backward()  # type: ignore[no-untyped-call]
+        (losses[0] / positions).backward()
         sums += torch.stack([loss.detach().double().cpu() for loss in losses])
     _sum_gradients(run.model)
     total, cross_entropy, num_tokens = _sum_on_device(sums).tolist()

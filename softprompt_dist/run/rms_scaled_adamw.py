@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,16 +43,14 @@ class RmsScaledAdamW(torch.optim.Optimizer):
                     self._update(parameter, parameter.grad, group)
         return loss
 
-    def _update(
-        self, parameter: nn.Parameter, grad: torch.Tensor, group: dict[str, object]
-    ) -> None:
+    def _update(self, parameter: nn.Parameter, grad: torch.Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if not state:
             state["step"] = torch.tensor(0.0)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
-        beta1, beta2 = group["betas"]  # type: ignore[misc]
-        rate, decay, epsilon = (float(group[k]) for k in ("lr", "weight_decay", "epsilon"))  # type: ignore[arg-type]
+        beta1, beta2 = group["betas"]
+        rate, decay, epsilon = group["lr"], group["weight_decay"], group["epsilon"]
         state["step"] += 1
         step = float(state["step"])
         state["exp_avg"].lerp_(grad, 1 - beta1)
