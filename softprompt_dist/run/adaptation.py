@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -203,12 +203,20 @@ def restore(run: AdaptationRun, store: CheckpointStore) -> bool:
 
 
 class StopRequest:
-    """Remembers a SIGTERM (a cluster's warning) until the end of the update."""
+    """Inside its `with`, a SIGTERM (a cluster's warning) is remembered until the update is done."""
 
-    def __init__(self, signals: Sequence[signal.Signals] = (signal.SIGTERM,)) -> None:
+    def __init__(self) -> None:
         self._wanted = False
-        for number in signals:
-            signal.signal(number, self._remember)
+        self._previous: Any = None
+
+    def __enter__(self) -> StopRequest:
+        """Begin to remember."""
+        self._previous = signal.signal(signal.SIGTERM, self._remember)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Let the signal do again what it did before."""
+        signal.signal(signal.SIGTERM, self._previous)
 
     def agreed(self) -> bool:
         """All ranks: whether any of them was asked to stop."""

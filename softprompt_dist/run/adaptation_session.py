@@ -56,9 +56,9 @@ def adapt(config: AdaptConfig, *, fresh: bool = False, must_resume: bool = False
     if not restore(run, store) and must_resume:
         raise _nothing_to_resume(directory)
     directory.record(to_yaml(config), describe_environment())
-    with Journal(directory, config.steps, start_step=run.step) as journal:
+    with Journal(directory, config.steps, start_step=run.step) as journal, StopRequest() as stop:
         journal.say(_headline(run))
-        if _train(run, store, directory, journal):
+        if _train(run, store, stop, directory, journal):
             export(run, directory.path / "export")
             journal.say(f"Exported to {directory.path / 'export'}.")
         else:
@@ -139,10 +139,14 @@ def _tokenise(specs: list[str], tokenizer: Any) -> TokenisedCorpus:
 
 
 def _train(
-    run: AdaptationRun, store: CheckpointStore, directory: RunDirectory, journal: Journal
+    run: AdaptationRun,
+    store: CheckpointStore,
+    stop: StopRequest,
+    directory: RunDirectory,
+    journal: Journal,
 ) -> bool:
     """All ranks: updates up to the last step; False if a stop was asked for before."""
-    config, stop = run.config, StopRequest()
+    config = run.config
     while run.step < config.steps:
         started = time.monotonic()
         try:

@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -116,13 +118,19 @@ def test_resume_and_export_need_a_checkpoint(make_config, tmp_path):
 
 
 def test_a_request_to_stop_saves_and_the_same_command_continues(make_config, monkeypatch):
-    calls = iter([False, True] + [False] * 100)
-    monkeypatch.setattr(adaptation_session.StopRequest, "agreed", lambda self: next(calls))
+    def update_and_be_warned(run):
+        if run.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update_weights(run)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(adaptation_session, "update_weights", update_and_be_warned)
     config = make_config(checkpoint={"every_steps": 100, "keep_last": 1})
     adaptation_session.adapt(config)
     folder = Path(config.run_directory)
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-00000002"]
     assert not (folder / "export").exists()
+    assert signal.getsignal(signal.SIGTERM) is before
     adaptation_session.adapt(config, must_resume=True)
     assert (folder / "export" / "model.safetensors").is_file()
 
