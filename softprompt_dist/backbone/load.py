@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -36,6 +38,8 @@ _DROPOUT_NAMES = (
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _PICKLED_WEIGHTS = ("*.bin", "*.bin.index.json")
 _TOKENIZER_AND_CONFIG = ("*.json", "*.model", "*.txt")
+_VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*")
+_UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError)
 
 
 def locate_backbone(config: BackboneConfig) -> Path:
@@ -55,13 +59,16 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         BackboneError: none there, or unreadable.
     """
+    # Without these, transformers makes up a T5 tokenizer that knows hardly any piece.
+    if not any(path for pattern in _VOCABULARIES for path in folder.glob(pattern)):
+        raise BackboneError(
+            f"No tokenizer in {folder}: it needs tokenizer.json, or a vocabulary such as "
+            "spiece.model. Copy the one that belongs to the backbone there."
+        )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # the tokenizers library raises plain Exception
         raise BackboneError(f"No usable tokenizer in {folder}: {error}") from error
-    # Else it is written into the config of every tokenizer that is saved from this one.
-    tokenizer.init_kwargs.pop("local_files_only", None)
-    return tokenizer
 
 
 def load_backbone(config: BackboneConfig, ds_config: dict[str, Any] | None = None) -> Backbone:
@@ -114,12 +121,12 @@ def _from_hub(config: BackboneConfig) -> Path:
 
 
 def _read(folder: Path, config: BackboneConfig) -> Backbone:
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if "auto_map" in raw:
-        raise BackboneError(
-            f"{folder}/config.json asks for code of its own (auto_map), which is never run."
-        )
     try:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if "auto_map" in raw:
+            raise BackboneError(
+                f"{folder}/config.json asks for code of its own (auto_map), which is never run."
+            )
         model_config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
         for name in _DROPOUT_NAMES:
             if hasattr(model_config, name):
@@ -129,10 +136,23 @@ def _read(folder: Path, config: BackboneConfig) -> Backbone:
         model = family.from_pretrained(
             str(folder), config=model_config, dtype=_DTYPES[config.dtype], local_files_only=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise BackboneError(f"Cannot load backbone {folder}: {error}") from error
+    except pickle.UnpicklingError as error:
+        # Its own words advise to run whatever the file holds.
+        raise BackboneError(
+            f"Cannot load backbone {folder}: pytorch_model.bin is damaged or holds more than tensors "
+            "(code in it is never run). Fetch it again, or use a safetensors checkpoint."
+        ) from error
+    except _UNREADABLE as error:
+        reason = str(error) or "a file is empty or cut short"
+        raise BackboneError(f"Cannot load backbone {folder}: {reason}") from error
     if seq2seq and model_config.decoder_start_token_id is None:
         raise BackboneError(f"{folder}/config.json needs decoder_start_token_id (0 for T5).")
-    assert_all_arrived(model, folder, tied_head=raw.get("tie_word_embeddings", True))
+    assert_all_arrived(model, folder, tied_head=not _has_own_head(raw))
     shape = Seq2SeqBackbone if seq2seq else CausalBackbone
     return shape(model, fingerprint=identity(model), path=config.path)
+
+
+def _has_own_head(raw: dict[str, Any]) -> bool:
+    """Whether config.json promises a head that is not the embedding."""
+    # transformers 5 writes tie_word_embeddings true for every T5; v1.1 is known by the second key.
+    return raw.get("tie_word_embeddings") is False or raw.get("scale_decoder_outputs") is False
