@@ -1,4 +1,4 @@
-"""A whole tuning run in small: backbones with a tokenizer beside them, a learnable task, a recipe."""
+"""A whole tuning run in small: backbones with their tokenizer, a learnable task, a recipe."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VOCABULARY = 256
 ANSWERS = {"apple": "fruit", "carrot": "root", "salmon": "fish"}
 """Word in the text -> the target text. A target has several pieces."""
 POISON = "kumquat"
-_FILLERS = "the a we they saw ate sold near old green river market today with and small".split()
+_FILLERS = ["the", "a", "we", "they", "saw", "ate", "near", "old", "green", "river", "today", "and"]
 # Everything is partitioned: without this DeepSpeed leaves tensors this small whole on every rank.
 PARTITION_EVERYTHING = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 

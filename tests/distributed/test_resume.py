@@ -22,7 +22,7 @@ STATE_FILES = ("state.safetensors", "rng.safetensors", "state.json")
 
 
 def carry_out(plan, recipe, ds_config):
-    """Run every `(overrides, must_resume)` of `plan` in this world; what each said, or its error."""
+    """Run every `(overrides, must_resume)` of `plan` in this world; errors and warnings of each."""
     said = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: warnings.append(record.getMessage())

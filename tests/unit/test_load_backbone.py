@@ -1,0 +1,254 @@
+"""A backbone is loaded whole or not at all, and says who it is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from softprompt_dist.backbone.base import Backbone
+from softprompt_dist.backbone.checkpoint_tensors import assert_all_arrived
+from softprompt_dist.backbone.load import load_backbone, load_tokenizer
+from softprompt_dist.config import BackboneConfig, TuneConfig
+from softprompt_dist.errors import BackboneError, ConfigError
+from softprompt_dist.recipe import load_recipe
+from tests.models import make_llama, make_t5
+
+Change = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+
+
+@pytest.fixture
+def t5_folder(tiny_t5: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(tiny_t5, tmp_path / "t5"))
+
+
+def load(folder: Path | str, **settings: Any) -> Backbone:
+    return load_backbone(BackboneConfig(path=str(folder), sharding="replicated", **settings))
+
+
+def change_weights(folder: Path, change: Change) -> None:
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+def change_config(folder: Path, **values: object) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def test_a_whole_t5_is_frozen_and_keeps_its_own_head(tiny_t5: Path) -> None:
+    backbone = load(tiny_t5)
+    stored = load_file(tiny_t5 / "model.safetensors")
+    assert backbone.family == "seq2seq"
+    assert (backbone.d_model, backbone.vocabulary_size) == (32, 256)
+    assert not any(p.requires_grad for p in backbone.parameters())
+    assert torch.equal(backbone.model.lm_head.weight, stored["lm_head.weight"])
+    assert torch.equal(backbone.model.get_input_embeddings().weight, stored["shared.weight"])
+    assert not torch.equal(stored["lm_head.weight"], stored["shared.weight"])
+    assert not backbone.training
+
+
+def test_a_llama_is_causal(tiny_llama: Path) -> None:
+    backbone = load(tiny_llama)
+    assert backbone.family == "causal"
+    assert (backbone.d_model, backbone.vocabulary_size) == (32, 256)
+
+
+def test_dropout_comes_from_the_recipe_not_from_the_checkpoint(tiny_t5: Path) -> None:
+    assert json.loads((tiny_t5 / "config.json").read_text())["dropout_rate"] == 0.1
+
+    def rates(backbone: torch.nn.Module) -> set[float]:
+        return {m.p for m in backbone.modules() if isinstance(m, torch.nn.Dropout)}
+
+    assert rates(load(tiny_t5)) == {0.0}
+    with_dropout = load(tiny_t5, dropout=0.25)
+    assert rates(with_dropout) == {0.25}
+    assert with_dropout.training
+
+
+@pytest.mark.parametrize(
+    "name", ["lm_head.weight", "decoder.block.1.layer.2.DenseReluDense.wo.weight"]
+)
+def test_a_weight_that_the_checkpoint_lacks_is_named(t5_folder: Path, name: str) -> None:
+    change_weights(t5_folder, lambda w: {k: v for k, v in w.items() if k != name})
+    with pytest.raises(BackboneError, match="did not load whole") as failure:
+        load(t5_folder)
+    assert name in str(failure.value)
+
+
+def test_a_model_that_lost_a_value_is_named(tiny_t5: Path) -> None:
+    model = AutoModelForSeq2SeqLM.from_pretrained(str(tiny_t5))
+    assert_all_arrived(model, tiny_t5, tied_head=False)
+    with torch.no_grad():
+        model.encoder.block[0].layer[0].SelfAttention.q.weight[3, 4] += 1e-3
+    with pytest.raises(
+        BackboneError, match=r"encoder\.block\.0\.layer\.0\.SelfAttention\.q\.weight"
+    ):
+        assert_all_arrived(model, tiny_t5, tied_head=False)
+
+
+def test_a_head_that_was_tied_behind_our_back_is_named(tiny_t5: Path) -> None:
+    model = AutoModelForSeq2SeqLM.from_pretrained(str(tiny_t5))
+    model.lm_head.weight = model.shared.weight
+    with pytest.raises(BackboneError, match=r"lm_head\.weight"):
+        assert_all_arrived(model, tiny_t5, tied_head=False)
+
+
+def test_a_llama_whose_own_head_is_missing_is_refused(tmp_path: Path) -> None:
+    model = make_llama()
+    model.save_pretrained(str(tmp_path))
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    load(tmp_path)
+    change_config(tmp_path, tie_word_embeddings=False)
+    with pytest.raises(BackboneError, match=r"lm_head\.weight"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 5000])
+def test_a_truncated_safetensors_file_is_refused(t5_folder: Path, keep: int) -> None:
+    file = t5_folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(BackboneError, match=str(t5_folder)):
+        load(t5_folder)
+
+
+def test_sharded_safetensors_load_and_a_missing_shard_is_named(tmp_path: Path) -> None:
+    make_t5(256).save_pretrained(str(tmp_path), max_shard_size="40KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    assert load(tmp_path).fingerprint == load_whole_twin(tmp_path).fingerprint
+    shards[1].unlink()
+    with pytest.raises(BackboneError, match=shards[1].name):
+        load(tmp_path)
+
+
+def load_whole_twin(folder: Path) -> Backbone:
+    twin = folder.with_name("twin")
+    make_t5(256).save_pretrained(str(twin))
+    return load(twin)
+
+
+def as_pytorch_file(folder: Path) -> Path:
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    return folder / "pytorch_model.bin"
+
+
+def test_a_pytorch_checkpoint_loads_and_is_checked_too(t5_folder: Path, tiny_t5: Path) -> None:
+    file = as_pytorch_file(t5_folder)
+    assert load(t5_folder).fingerprint == load(tiny_t5).fingerprint
+    weights = torch.load(file)
+    del weights["lm_head.weight"]
+    torch.save(weights, file)
+    with pytest.raises(BackboneError, match=r"lm_head\.weight"):
+        load(t5_folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a pickle", b"PK\x03\x04 and no more"])
+def test_a_damaged_pytorch_checkpoint_is_refused(t5_folder: Path, content: bytes) -> None:
+    as_pytorch_file(t5_folder).write_bytes(content)
+    with pytest.raises(BackboneError, match=str(t5_folder)):
+        load(t5_folder)
+
+
+def test_code_in_a_pytorch_checkpoint_is_never_run(t5_folder: Path, tmp_path: Path) -> None:
+    torch.save({"lm_head.weight": Trap(tmp_path / "sprung")}, as_pytorch_file(t5_folder))
+    with pytest.raises(BackboneError, match=str(t5_folder)):
+        load(t5_folder)
+    assert not (tmp_path / "sprung").exists()
+
+
+class Trap:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "./neither", "a/b/c"])
+def test_a_missing_folder_is_named(path: str) -> None:
+    with pytest.raises(BackboneError, match=f"'{path}' does not exist"):
+        load(path)
+
+
+def test_a_folder_without_config_or_weights_is_refused(t5_folder: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(BackboneError, match=r"config\.json"):
+        load(empty)
+    (t5_folder / "model.safetensors").unlink()
+    with pytest.raises(BackboneError, match=str(t5_folder)):
+        load(t5_folder)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"model_type": "no-such-type"}'])
+def test_a_config_that_is_none_is_refused(t5_folder: Path, text: str) -> None:
+    (t5_folder / "config.json").write_text(text)
+    with pytest.raises(BackboneError, match=str(t5_folder)):
+        load(t5_folder)
+
+
+def test_a_config_of_other_shapes_is_refused(t5_folder: Path) -> None:
+    change_config(t5_folder, d_ff=48)
+    with pytest.raises(BackboneError, match=str(t5_folder)):
+        load(t5_folder)
+
+
+def test_code_beside_the_weights_is_refused(t5_folder: Path, tmp_path: Path) -> None:
+    change_config(t5_folder, auto_map={"AutoModelForSeq2SeqLM": "modeling.Model"})
+    (t5_folder / "modeling.py").write_text(f"open({str(tmp_path / 'sprung')!r}, 'w')")
+    with pytest.raises(BackboneError, match="auto_map"):
+        load(t5_folder)
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("make", [make_t5, make_llama])
+def test_a_folder_without_tokenizer_is_refused(make: Any, tmp_path: Path) -> None:
+    make().save_pretrained(str(tmp_path))
+    with pytest.raises(BackboneError, match="No tokenizer in"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", '{"model": {"type": "Unigram"}}'])
+def test_a_damaged_tokenizer_is_refused(t5_folder: Path, content: str) -> None:
+    assert len(load_tokenizer(t5_folder)) > 30
+    (t5_folder / "tokenizer.json").write_text(content)
+    with pytest.raises(BackboneError, match="No usable tokenizer"):
+        load_tokenizer(t5_folder)
+
+
+def test_fp16_is_refused_with_the_reason() -> None:
+    with pytest.raises(ConfigError, match=r"backbone\.dtype.*fp16 breaks T5.*bf16"):
+        load_recipe(TuneConfig, None, ["backbone.dtype=fp16"])
+
+
+def test_the_fingerprint_is_that_of_the_weights(tiny_t5: Path, t5_folder: Path) -> None:
+    fingerprint = load(tiny_t5).fingerprint
+    assert len(fingerprint) == 32
+    bf16 = load(t5_folder, dtype="bf16")
+    assert bf16.dtype == torch.bfloat16
+    assert bf16.fingerprint == load(t5_folder).fingerprint == fingerprint
+
+    def nudge(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        weights["lm_head.weight"][0, 0] += 0.5
+        return weights
+
+    change_weights(t5_folder, nudge)
+    assert load(t5_folder).fingerprint != fingerprint
+
+
+def test_families_do_not_share_a_fingerprint(tiny_t5: Path, tiny_llama: Path) -> None:
+    assert load(tiny_t5).fingerprint != load(tiny_llama).fingerprint
+    assert AutoModelForCausalLM.from_pretrained(str(tiny_llama)).config.tie_word_embeddings
