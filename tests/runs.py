@@ -52,7 +52,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     trained = SentencePieceUnigramTokenizer()
     texts = [row["text"] for row in make_rows(200, seed=9)]
     trained.train_from_iterator(
-        [*texts, *ANSWERS.values(), POISON],
+        [*texts, *ANSWERS.values(), POISON, *_made_up_words(400)],
         vocab_size=VOCABULARY - 28,
         special_tokens=["<pad>", "</s>", "<unk>"],
         unk_token="<unk>",
@@ -64,6 +64,12 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="</s>",
         unk_token="<unk>",
     )
+
+
+def _made_up_words(count: int) -> list[str]:
+    chosen = random.Random(7)
+    syllables = [consonant + vowel for consonant in "bdfgklmnprst" for vowel in "aeiou"]
+    return ["".join(chosen.choices(syllables, k=chosen.randint(1, 3))) for _ in range(count)]
 
 
 def save_t5(folder: Path, seed: int = 0) -> Path:
