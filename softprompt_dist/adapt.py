@@ -51,13 +51,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             "Leave that out; set dtype and batch in the recipe."
         )
     overrides = list(options.overrides)
-    if options.run_dir:
-        overrides.append(f"run_directory={options.run_dir}")
     if options.steps is not None:
         overrides.append(f"steps={options.steps}")
     config = load_recipe(AdaptConfig, options.recipe, overrides)
-    if config.run_directory is None:
-        config = config.model_copy(update={"run_directory": f"runs/{config.name}"})
+    run_directory = options.run_dir or config.run_directory or f"runs/{config.name}"
+    config = config.model_copy(update={"run_directory": run_directory})
 
     # Only now torch and its like: a wrong option or recipe is answered at once.
     import torch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ _BELONGS_TO_RECIPE = {
     "scheduler": "optimizer.warmup_steps",
     "gradient_clipping": "optimizer.clipping_threshold",
 }
+_SECTIONS = ("zero_optimization", "bf16", "fp16")
 
 
 def read_engine_config(path: str | Path) -> dict[str, Any]:
@@ -32,18 +34,7 @@ def read_engine_config(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"Cannot read ds_config {path}: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"ds_config {path} must be a JSON object.")
-    problems = [
-        f"sets {key!r}, which belongs to the recipe ({home}). Remove it from the JSON."
-        for key, home in _BELONGS_TO_RECIPE.items()
-        if key in values
-    ]
-    if values.get("fp16", {}).get("enabled"):
-        problems.append("enables fp16, in which T5 overflows. Use bf16.")
-    if _stage(values) not in (0, 3):
-        problems.append(
-            f"sets ZeRO stage {_stage(values)}, which shards gradients and optimizer states "
-            "that a frozen backbone does not have. Use 3 (sharded) or 0 (replicated)."
-        )
+    problems = _wrong_kinds(values) or _misplaced(values)
     if problems:
         raise ConfigError(f"ds_config {path}\n" + "\n".join(f"  - {p}" for p in problems))
     return values
@@ -68,5 +59,43 @@ def engine_config(backbone: BackboneConfig, values: dict[str, Any] | None = None
     }
 
 
-def _stage(values: dict[str, Any]) -> int:
-    return int(values.get("zero_optimization", {}).get("stage", 0))
+def _wrong_kinds(values: dict[str, Any]) -> list[str]:
+    return [
+        f"sets {name!r} to {values[name]!r}; it must be an object of settings."
+        for name in _SECTIONS
+        if not isinstance(values.get(name, {}), dict)
+    ]
+
+
+def _misplaced(values: dict[str, Any]) -> list[str]:
+    problems = [
+        f"sets {key!r}, which belongs to the recipe ({home}). Remove it from the JSON."
+        for key, home in _BELONGS_TO_RECIPE.items()
+        if key in values
+    ]
+    problems += [
+        f'sets {name} to "auto", which only the Hugging Face Trainer fills in. Remove it: '
+        "DeepSpeed has a default."
+        for name in _automatic(values)
+        if name not in _BELONGS_TO_RECIPE
+    ]
+    if values.get("fp16", {}).get("enabled"):
+        problems.append("enables fp16, in which T5 overflows. Use bf16.")
+    if _stage(values) not in (0, 3):
+        problems.append(
+            f"sets ZeRO stage {_stage(values)}, which shards gradients and optimizer states "
+            "that a frozen backbone does not have. Use 3 (sharded) or 0 (replicated)."
+        )
+    return problems
+
+
+def _automatic(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _automatic(value, f"{prefix}{key}.")
+        elif value == "auto":
+            yield prefix + key
+
+
+def _stage(values: dict[str, Any]) -> Any:
+    return values.get("zero_optimization", {}).get("stage", 0)

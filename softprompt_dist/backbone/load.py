@@ -139,8 +139,8 @@ def _read(folder: Path, config: BackboneConfig) -> Backbone:
     except pickle.UnpicklingError as error:
         # Its own words advise to run whatever the file holds.
         raise BackboneError(
-            f"Cannot load backbone {folder}: pytorch_model.bin is damaged or holds more than tensors "
-            "(code in it is never run). Fetch it again, or use a safetensors checkpoint."
+            f"Cannot load backbone {folder}: pytorch_model.bin is damaged or holds more than "
+            "tensors (code in it is never run). Fetch it again, or use a safetensors checkpoint."
         ) from error
     except _UNREADABLE as error:
         reason = str(error) or "a file is empty or cut short"

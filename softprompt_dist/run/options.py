@@ -16,14 +16,13 @@ def tune_config(options: argparse.Namespace) -> tuple[TuneConfig, dict[str, Any]
     Raises:
         ConfigError: see `load_recipe` and `read_engine_config`.
     """
-    overrides = list(options.overrides)
-    if options.run_dir:
-        overrides.append(f"run_directory={options.run_dir}")
-    if options.deepspeed_config:
-        overrides.append(f"deepspeed_config={options.deepspeed_config}")
-    config = load_recipe(TuneConfig, options.recipe, overrides)
-    if config.run_directory is None:
-        config = config.model_copy(update={"run_directory": f"runs/{config.name}"})
+    config = load_recipe(TuneConfig, options.recipe, options.overrides)
+    # As typed, not as YAML: a folder may be called 20261123 or null.
+    run_directory = options.run_dir or config.run_directory or f"runs/{config.name}"
+    engine_file = options.deepspeed_config or config.deepspeed_config
+    config = config.model_copy(
+        update={"run_directory": run_directory, "deepspeed_config": engine_file}
+    )
     if config.deepspeed_config is None:
         return config, None
     engine = read_engine_config(config.deepspeed_config)
