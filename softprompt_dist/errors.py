@@ -34,12 +34,20 @@ class MachineError(SoftpromptError):
 
 
 class InvariantError(SoftpromptError):
-    """An invariant of prompt tuning broke: prompts differ between ranks, the backbone moved."""
+    """An invariant of prompt tuning broke: prompts differ between ranks, the backbone moved.
+
+    The ranks compare before they judge, so all of them raise it.
+    """
 
     exit_code = 3
+    on_all_ranks = True
 
 
 class NonFiniteLossError(SoftpromptError):
-    """The loss became NaN or infinite; the update was not applied and the state before it saved."""
+    """The loss became NaN or infinite; the update was not applied and the state before it saved.
+
+    It is the loss over all ranks, so all of them raise it.
+    """
 
     exit_code = 4
+    on_all_ranks = True

@@ -16,6 +16,22 @@ def digest(tensor: Tensor) -> str:
     return hashlib.sha256(flat.numpy().tobytes()).hexdigest()
 
 
+def assert_same_on_all_ranks(value: object, name: str) -> None:
+    """All ranks: what was read here was read everywhere; `value` is compared by its repr.
+
+    Raises:
+        InvariantError: on all ranks, naming those that differ from rank 0.
+    """
+    values = ranks.gather_objects(repr(value))
+    different = [rank for rank, other in enumerate(values) if other != values[0]]
+    if different:
+        raise InvariantError(
+            f"{name} on ranks {different} is {values[different[0]][:200]}, but on rank 0 "
+            f"{values[0][:200]}. All nodes must read the same: use a folder that they share, or "
+            "clear the caches of those ranks' nodes."
+        )
+
+
 def assert_equal_on_all_ranks(tensor: Tensor, name: str) -> str:
     """All ranks: the bits of an fp32 `tensor` are the same everywhere.
 

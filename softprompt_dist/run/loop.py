@@ -15,7 +15,7 @@ from softprompt_dist.errors import CheckpointError, NonFiniteLossError
 from softprompt_dist.parallel import ranks
 from softprompt_dist.parallel.equality import assert_equal_on_all_ranks
 from softprompt_dist.prompt.file import PromptMetadata, save_prompt
-from softprompt_dist.run.checkpoint import CheckpointStore
+from softprompt_dist.run.checkpoint import Checkpoint, CheckpointStore
 from softprompt_dist.run.directory import RunDirectory
 from softprompt_dist.run.journal import Journal
 from softprompt_dist.run.metrics import accuracy
@@ -139,18 +139,17 @@ def save(run: TuningRun, state: TuningState, store: CheckpointStore) -> None:
     store.save(state.step, tensors, values)
 
 
-def restore(run: TuningRun, store: CheckpointStore) -> TuningState:
-    """All ranks: the state of the newest valid checkpoint, or that of a run not yet begun.
+def restore(run: TuningRun, checkpoint: Checkpoint | None) -> TuningState:
+    """All ranks: the state that the run continues from, which is `checkpoint`'s if there is one.
 
     Raises:
-        CheckpointError: checkpoints are there but none is valid, or the newest belongs to another
-            recipe, backbone or data. A run never begins again from step 0 in silence.
+        CheckpointError: it belongs to another recipe, backbone or data. A run never begins again
+            from step 0 in silence.
     """
-    checkpoint = store.load_newest()
     if checkpoint is None:
         return TuningState(best_prompt_PD=run.prompt.weight.detach().clone())
     values, tensors = checkpoint.state, checkpoint.tensors
-    _check_belongs(run, values)
+    ranks.together(lambda: _check_belongs(run, values))
     with torch.no_grad():
         run.prompt.weight.copy_(tensors["prompt"])
     optimizer_from_tensors(

@@ -32,30 +32,35 @@ def train(
         config: the checked recipe.
         ds_config: engine plumbing, or None for ours.
         fresh: set the directory's checkpoints aside first.
-        must_resume: refuse to start at step 0.
+        must_resume: refuse to run without a checkpoint.
     """
     directory = RunDirectory(Path(str(config.run_directory)))
     directory.create()
     store = checkpoint_store(config, directory)
     if fresh:
         store.discard_all()
+    checkpoint = store.load_newest()  # before any weight is read
+    if must_resume and checkpoint is None:
+        ranks.together(lambda: _refuse_to_start(directory))
     run = build_tuning_run(config, ds_config)
-    state = restore(run, store)
-    if must_resume and state.step == 0:
-        raise CheckpointError(
-            f"--resume was given, but {directory.checkpoints} holds no checkpoint. Check "
-            "--run-dir, or leave --resume out to start at step 0."
-        )
+    state = restore(run, checkpoint)
     # Only once the checkpoint has been found to belong to this recipe.
     directory.record(to_yaml(config), describe_environment())
     with Journal(directory, config.steps, start_step=state.step) as journal:
         journal.say(_headline(run, state.step))
-        if state.untuned_correct < 0:
+        if state.step == 0:
             state.untuned_correct = count_untuned(run)
             validate(run, state, directory, journal)
         tune(run, state, directory, journal)
         assert_unchanged(run.backbone, run.backbone_checksum)
         report_outcome(run, state, directory, journal)
+
+
+def _refuse_to_start(directory: RunDirectory) -> None:
+    raise CheckpointError(
+        f"--resume was given, but {directory.checkpoints} holds no checkpoint. Check --run-dir, or "
+        "leave --resume out to start at step 0."
+    )
 
 
 def _headline(run: TuningRun, step: int) -> str:

@@ -19,7 +19,7 @@ from softprompt_dist.data.order import ExampleOrder
 from softprompt_dist.data.tasks import Example, TaskData, load_task
 from softprompt_dist.errors import ConfigError, InvariantError
 from softprompt_dist.parallel import ranks
-from softprompt_dist.parallel.equality import assert_equal_on_all_ranks
+from softprompt_dist.parallel.equality import assert_equal_on_all_ranks, assert_same_on_all_ranks
 from softprompt_dist.prompt.initialise import initialise_prompt
 from softprompt_dist.prompt.module import SoftPrompt
 from softprompt_dist.run.optimizer import build_optimizer
@@ -113,13 +113,12 @@ def build_bench(config: TuneConfig, ds_config: dict[str, Any] | None = None) -> 
     # Rank 0 fetches what the source needs once; the others find it in the cache.
     ranks.on_main(lambda: bool(load_task(config.task)))
     task = ranks.together(lambda: load_task(config.task))
-    tokenizer = load_tokenizer(locate_backbone(config.backbone))
+    folder = locate_backbone(config.backbone)
+    tokenizer = ranks.together(lambda: load_tokenizer(folder))
     backbone = load_backbone(config.backbone, ds_config)
-    splits = {
-        name: _tokenised(config, tokenizer, backbone, name, getattr(task, name))
-        for name in ("train", "validation", "test")
-    }
-    labels = _label_set(config, task, tokenizer, backbone)
+    assert_same_on_all_ranks(task.digests, "The data")
+    assert_same_on_all_ranks(backbone.fingerprint, "The backbone's fingerprint")
+    splits, labels = ranks.together(lambda: _all_tokens(config, task, tokenizer, backbone))
     evaluation = config.evaluation
     scorer = Scorer(backbone, tokenizer, labels, evaluation.method, evaluation.batch_size)
     return Bench(config, task, tokenizer, splits, backbone, scorer)
@@ -131,7 +130,7 @@ def build_tuning_run(config: TuneConfig, ds_config: dict[str, Any] | None = None
     Raises:
         SoftpromptError: see `build_bench`; or the ranks do not divide the batch.
     """
-    check_world(config, ranks.world_size())
+    ranks.together(lambda: check_world(config, ranks.world_size()))
     bench = build_bench(config, ds_config)
     torch.manual_seed(config.seed + ranks.rank())
     prompt = SoftPrompt(_initial_prompt(bench)).to(ranks.device())
@@ -141,7 +140,7 @@ def build_tuning_run(config: TuneConfig, ds_config: dict[str, Any] | None = None
         optimizer=build_optimizer(config.optimizer, [prompt.weight]),
         backbone_checksum=local_checksum(bench.backbone),
     )
-    assert_only_prompt_trains(run)
+    ranks.together(lambda: assert_only_prompt_trains(run))
     assert_equal_on_all_ranks(prompt.weight, "The initial prompt")
     return run
 
@@ -160,6 +159,16 @@ def assert_only_prompt_trains(run: TuningRun) -> None:
             "gradients; "
             f"the prompt: requires_grad={prompt.requires_grad}, {prompt.dtype}."
         )
+
+
+def _all_tokens(
+    config: TuneConfig, task: TaskData, tokenizer: PreTrainedTokenizerBase, backbone: Backbone
+) -> tuple[dict[str, Split], LabelSet]:
+    splits = {
+        name: _tokenised(config, tokenizer, backbone, name, getattr(task, name))
+        for name in ("train", "validation", "test")
+    }
+    return splits, _label_set(config, task, tokenizer, backbone)
 
 
 def _tokenised(
