@@ -22,7 +22,8 @@ VOCABULARY = 256
 """Rows of the embedding table; more than the tokenizer has pieces, as in T5."""
 ANSWERS = {"apple": "fruit", "carrot": "root", "salmon": "fish"}
 """Word in the text -> the target text. A target has several pieces."""
-POISON = "kumquat"
+POISON = "☃"
+"""A character that the tokenizer does not know."""
 _FILLERS = ["the", "a", "we", "they", "saw", "ate", "near", "old", "green", "river", "today", "and"]
 # Everything is partitioned: without this DeepSpeed leaves tensors this small whole on every rank.
 PARTITION_EVERYTHING = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
@@ -52,7 +53,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     trained = SentencePieceUnigramTokenizer()
     texts = [row["text"] for row in make_rows(200, seed=9)]
     trained.train_from_iterator(
-        [*texts, *ANSWERS.values(), POISON, *_made_up_words(400)],
+        [*texts, *ANSWERS.values(), *_made_up_words(400)],
         vocab_size=VOCABULARY - 28,
         special_tokens=["<pad>", "</s>", "<unk>"],
         unk_token="<unk>",

@@ -1,0 +1,202 @@
+"""What must hold in every run is checked in every run, and all ranks stop together."""
+
+import json
+import shutil
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from softprompt_dist.backbone.fingerprint import assert_unchanged
+from softprompt_dist.config import TuneConfig
+from softprompt_dist.errors import SoftpromptError
+from softprompt_dist.parallel import ranks
+from softprompt_dist.parallel.equality import assert_same_on_all_ranks
+from softprompt_dist.recipe import load_recipe
+from softprompt_dist.run import loop
+from softprompt_dist.run.session import train
+from softprompt_dist.run.step import accumulate_gradient
+from softprompt_dist.run.tuning import assert_only_prompt_trains, build_tuning_run
+from tests import runs
+
+
+def caught(work):
+    """Type and text of the error, and whether it says that all ranks have it; else None."""
+    try:
+        work()
+    except SoftpromptError as error:
+        return [type(error).__name__, str(error), error.on_all_ranks]
+    return None
+
+
+def nudge_on_rank_1(tensor):
+    """The smallest change there is."""
+    if ranks.rank() == 1:
+        with torch.no_grad():
+            first = tensor.view(-1)[:1]
+            first.copy_(torch.nextafter(first, torch.full_like(first, torch.inf)))
+
+
+def break_prompt_equality(recipe, folder):
+    run = build_tuning_run(load_recipe(TuneConfig, recipe))
+    store = loop.CheckpointStore(f"{folder}/store", keep_last=1)
+    state = loop.restore(run, None)
+    equal = caught(lambda: loop.save(run, state, store))
+    nudge_on_rank_1(run.prompt.weight)
+    state.step = 1
+    differ = caught(lambda: loop.save(run, state, store))
+    return {"equal": equal, "differ": differ}
+
+
+def break_frozenness(recipe, ds_config):
+    """Of a replicated and of a sharded backbone."""
+    said = {}
+    for sharding in ("replicated", "zero3"):
+        config = load_recipe(TuneConfig, recipe, [f"backbone.sharding={sharding}"])
+        run = build_tuning_run(config, ds_config if sharding == "zero3" else None)
+        checksum = run.backbone_checksum
+        said[f"{sharding}, still"] = caught(
+            lambda r=run, c=checksum: assert_unchanged(r.backbone, c)
+        )
+        weight = next(iter(run.backbone.parameters()))
+        nudge_on_rank_1(getattr(weight, "ds_tensor", weight))
+        said[f"{sharding}, moved"] = caught(
+            lambda r=run, c=checksum: assert_unchanged(r.backbone, c)
+        )
+        said[f"{sharding}, frozen"] = caught(lambda r=run: assert_only_prompt_trains(r))
+        weight.requires_grad_(True)
+        said[f"{sharding}, trainable"] = caught(lambda r=run: assert_only_prompt_trains(r))
+    return said
+
+
+def move_the_backbone_during_a_run(recipe, folder):
+    def tamper(backbone, *arguments):
+        nudge_on_rank_1(backbone.model.lm_head.weight)
+        return accumulate_gradient(backbone, *arguments)
+
+    config = load_recipe(TuneConfig, recipe, [f"run_directory={folder}/moved", "steps=2"])
+    with mock.patch.object(loop, "accumulate_gradient", tamper):
+        return caught(lambda: train(config))
+
+
+def break_everything(recipe, folder, ds_config):
+    return {
+        "prompts": break_prompt_equality(recipe, folder),
+        "frozen": break_frozenness(recipe, ds_config),
+        "moved": move_the_backbone_during_a_run(recipe, folder),
+        "same": caught(lambda: assert_same_on_all_ranks({"a": 1}, "The data")),
+        "not the same": caught(lambda: assert_same_on_all_ranks(ranks.rank() + 7, "The data")),
+        "batches": caught(
+            lambda: build_tuning_run(load_recipe(TuneConfig, recipe, ["batch.micro_batch_size=3"]))
+        ),
+    }
+
+
+@pytest.fixture(scope="module")
+def broken(tiny_recipe, run_functions, tmp_path_factory):
+    """What every rank said when the invariants were broken one after the other."""
+    folder = tmp_path_factory.mktemp("broken")
+    both = run_functions(
+        break_everything,
+        2,
+        recipe=tiny_recipe,
+        folder=folder,
+        ds_config=runs.PARTITION_EVERYTHING,
+        timeout=120,
+    )
+    return {"both": both, "folder": folder}
+
+
+def test_prompts_that_differ_are_never_saved(broken):
+    for rank in (0, 1):
+        said = broken["both"][rank]["prompts"]
+        assert said["equal"] is None
+        kind, text, on_all_ranks = said["differ"]
+        assert (kind, on_all_ranks) == ("InvariantError", True)
+        assert "The prompt differs from rank 0's on ranks [1]" in text
+    assert [path.name for path in (broken["folder"] / "store").iterdir()] == ["step-00000000"]
+
+
+@pytest.mark.parametrize("sharding", ["replicated", "zero3"])
+def test_a_backbone_that_moved_is_named_with_its_rank(broken, sharding):
+    for rank in (0, 1):
+        said = broken["both"][rank]["frozen"]
+        assert said[f"{sharding}, still"] is None
+        kind, text, on_all_ranks = said[f"{sharding}, moved"]
+        assert (kind, on_all_ranks) == ("InvariantError", True)
+        assert "changed on ranks [1]" in text
+
+
+@pytest.mark.parametrize("sharding", ["replicated", "zero3"])
+def test_only_the_prompt_may_train(broken, sharding):
+    for rank in (0, 1):
+        said = broken["both"][rank]["frozen"]
+        assert said[f"{sharding}, frozen"] is None
+        kind, text, _ = said[f"{sharding}, trainable"]
+        assert kind == "InvariantError"
+        assert "model.shared.weight" in text
+
+
+def test_a_run_whose_backbone_moved_has_no_result(broken):
+    for rank in (0, 1):
+        kind, text, _ = broken["both"][rank]["moved"]
+        assert kind == "InvariantError"
+        assert "changed on ranks [1]" in text
+    assert (broken["folder"] / "moved" / "metrics.jsonl").exists()
+    assert not (broken["folder"] / "moved" / "results.json").exists()
+
+
+def test_ranks_that_read_different_things_stop(broken):
+    for rank in (0, 1):
+        assert broken["both"][rank]["same"] is None
+        kind, text, _ = broken["both"][rank]["not the same"]
+        assert kind == "InvariantError"
+        assert "The data on ranks [1] is 8, but on rank 0 7" in text
+
+
+def test_a_batch_that_two_ranks_cannot_share_is_refused_by_both(broken):
+    for rank in (0, 1):
+        kind, text, on_all_ranks = broken["both"][rank]["batches"]
+        assert (kind, on_all_ranks) == ("ConfigError", True)
+        assert "2 ranks x batch.micro_batch_size 3 = 6" in text
+
+
+@pytest.fixture
+def poisoned_recipe(tiny_t5, tiny_data, tmp_path):
+    """A task with one row whose only unknown character has an infinite embedding."""
+    backbone = shutil.copytree(tiny_t5, tmp_path / "t5")
+    weights = load_file(backbone / "model.safetensors")
+    weights["shared.weight"][2] = torch.inf
+    save_file(weights, backbone / "model.safetensors", metadata={"format": "pt"})
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    poison = {"text": f"we saw a {runs.POISON} near the apple", "label": "apple"}
+    with (data / "train.jsonl").open("a") as file:
+        file.write(json.dumps(poison) + "\n")
+    recipe = runs.tiny_recipe(backbone, data)
+    recipe["prompt"]["initialisation"] = "random_uniform_paper"
+    return runs.write_recipe(tmp_path / "poisoned.yaml", recipe)
+
+
+def test_a_loss_that_is_not_finite_stops_both_ranks_before_the_update(
+    poisoned_recipe, run_module_on_ranks, tmp_path
+):
+    run_dir = tmp_path / "run"
+    outputs = run_module_on_ranks(
+        "softprompt_dist.train",
+        ["--recipe", poisoned_recipe, "--run-dir", run_dir],
+        2,
+        check=False,
+    )
+    assert [output.returncode for output in outputs] == [4, 4]
+    last = runs.metrics_without_time(run_dir, "train")[-1]["step"]
+    assert 1 < last < 19  # 151 rows: somewhere in the first epoch
+    assert f"error: Step {last + 1}: The loss is nan" in outputs[0].stderr
+    assert "Traceback" not in outputs[0].stderr + outputs[1].stderr
+    assert "error" not in outputs[1].stderr
+
+    newest = max((run_dir / "checkpoints").glob("step-*"))
+    assert newest == runs.checkpoint_folder(run_dir, last)
+    tensors = runs.checkpoint_tensors(run_dir, last)
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    assert not (run_dir / "results.json").exists()
