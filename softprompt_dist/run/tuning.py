@@ -73,13 +73,19 @@ class TuningRun(Bench):
         return batch.global_batch_size // (batch.micro_batch_size * ranks.world_size())
 
     def batches(self, examples_consumed: int) -> list[TokenBatch]:
-        """This rank's micro-batches of the global batch that starts at `examples_consumed`."""
+        """This rank's micro-batches of the global batch that starts at `examples_consumed`.
+
+        Which examples make the global batch does not depend on the ranks. Within it they are dealt
+        by length, so that every rank has about as many tokens and a micro-batch little padding.
+        """
         train = self.splits["train"].tokens
         size = self.config.batch.micro_batch_size
         order = ExampleOrder(len(train), self.config.seed)
         indices = order.indices(examples_consumed, self.config.batch.global_batch_size)
-        starts = range(ranks.rank() * size, len(indices), size * ranks.world_size())
-        return [self._collate([train[i] for i in indices[s : s + size]]) for s in starts]
+        indices.sort(key=lambda index: len(train[index].input_ids), reverse=True)
+        mine = indices[ranks.rank() :: ranks.world_size()]
+        micro_batches = [mine[start : start + size] for start in range(0, len(mine), size)]
+        return [self._collate([train[i] for i in chosen]) for chosen in micro_batches]
 
     def _collate(self, examples: list[TokenExample]) -> TokenBatch:
         batch = collate(examples, pad_id=pad_id_of(self.tokenizer), family=self.backbone.family)
