@@ -26,6 +26,8 @@ _GRACE_SECONDS = 10.0
 _REMEDIES = {
     errno.EACCES: "Give this user permission, or choose another place (--run-dir).",
     errno.EPERM: "Give this user permission, or choose another place (--run-dir).",
+    errno.EISDIR: "Name a file, or choose another place (--run-dir).",
+    errno.ENOTDIR: "Choose a place below a folder (--run-dir).",
     errno.EROFS: "Choose a place that can be written to (--run-dir).",
     errno.ENOSPC: "Free some space, or choose another place (--run-dir).",
     errno.EDQUOT: "Free some of the quota, or choose another place (--run-dir).",

@@ -6,8 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from softprompt_dist.backbone.base import Backbone
 from softprompt_dist.config import TuneConfig
 from softprompt_dist.data.floors import majority_class, naive_bayes
+from softprompt_dist.errors import PromptFileError
 from softprompt_dist.parallel import ranks
 from softprompt_dist.prompt.file import load_prompt
 from softprompt_dist.prompt.module import SoftPrompt
@@ -39,13 +43,7 @@ def evaluate(
     """
     ranks.together(lambda: load_prompt(request.prompt_file))  # before any weight is read
     bench = build_bench(config, ds_config)
-    prompt_PD, _ = ranks.together(
-        lambda: load_prompt(
-            request.prompt_file,
-            backbone_fingerprint=bench.backbone.fingerprint,
-            force=request.force,
-        )
-    )
+    prompt_PD = ranks.together(lambda: _prompt_for(bench.backbone, request))
     split = bench.splits[request.split]
     if request.split == "test":
         split = split.sample(config.evaluation.max_test_examples)
@@ -66,3 +64,16 @@ def evaluate(
 
     ranks.on_main(show)
     return predictions
+
+
+def _prompt_for(backbone: Backbone, request: ScoringRequest) -> Tensor:
+    prompt_PD, _ = load_prompt(
+        request.prompt_file, backbone_fingerprint=backbone.fingerprint, force=request.force
+    )
+    if prompt_PD.shape[1] != backbone.d_model:
+        raise PromptFileError(
+            f"{request.prompt_file} holds a prompt of {prompt_PD.shape[0]} x {prompt_PD.shape[1]}, "
+            f"but this backbone's width is {backbone.d_model}, which --force cannot change. Use "
+            "the backbone it was tuned for."
+        )
+    return prompt_PD
