@@ -8,13 +8,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 
-def make_t5(vocab_size: int = 128, seed: int = 0) -> T5ForConditionalGeneration:
+def make_t5(vocab_size: int = 128, seed: int = 0, d_model: int = 32) -> T5ForConditionalGeneration:
     """A T5 v1.1 whose lm_head differs from its embedding."""
     torch.manual_seed(seed)
     model = T5ForConditionalGeneration(
         T5Config(
             vocab_size=vocab_size,
-            d_model=32,
+            d_model=d_model,
             d_kv=8,
             d_ff=64,
             num_layers=2,
@@ -28,7 +28,7 @@ def make_t5(vocab_size: int = 128, seed: int = 0) -> T5ForConditionalGeneration:
             dropout_rate=0.1,
         )
     )
-    model.lm_head.weight = torch.nn.Parameter(torch.randn(vocab_size, 32) * 32**-0.5)
+    model.lm_head.weight = torch.nn.Parameter(torch.randn(vocab_size, d_model) * d_model**-0.5)
     return model.eval()
 
 

@@ -73,10 +73,10 @@ def _made_up_words(count: int) -> list[str]:
     return ["".join(chosen.choices(syllables, k=chosen.randint(1, 3))) for _ in range(count)]
 
 
-def save_t5(folder: Path, seed: int = 0) -> Path:
+def save_t5(folder: Path, seed: int = 0, d_model: int = 32) -> Path:
     """A T5 v1.1 folder with weights and tokenizer."""
     train_tokenizer().save_pretrained(str(folder))
-    return save_model(make_t5(VOCABULARY, seed), folder)
+    return save_model(make_t5(VOCABULARY, seed, d_model), folder)
 
 
 def save_llama(folder: Path, seed: int = 0) -> Path:
