@@ -15,6 +15,7 @@ from softprompt_dist.data.batching import TokenExample, collate
 from softprompt_dist.parallel import ranks
 from softprompt_dist.prompt.module import SoftPrompt
 from softprompt_dist.run.step import accumulate_gradient
+from tests.runs import PARTITION_EVERYTHING
 
 EXAMPLES = (
     TokenExample((5, 6, 7, 8, 1), (20, 1)),
@@ -23,12 +24,20 @@ EXAMPLES = (
     TokenExample((17, 1), (25, 26, 1)),
 )
 Z_LOSS = 0.0
-# Without this DeepSpeed leaves tensors as small as these whole on every rank.
-PARTITION_EVERYTHING = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+
+
+def gradients_on_this_rank(
+    folders: dict[str, str], prompt_file: str, sharding: str
+) -> dict[str, dict[str, Any]]:
+    """`gradient_on_this_rank` for each model, by name."""
+    return {
+        name: gradient_on_this_rank(folder, prompt_file, sharding)
+        for name, folder in folders.items()
+    }
 
 
 def gradient_on_this_rank(folder: str, prompt_file: str, sharding: str) -> dict[str, Any]:
-    """Loss and prompt gradient over all ranks; the gradient goes to a file beside the prompt."""
+    """Loss and prompt gradient over all ranks; the gradient goes to a file beside the weights."""
     config = BackboneConfig(path=folder, sharding=sharding, dropout=0.0)
     backbone = load_backbone(config, PARTITION_EVERYTHING if sharding == "zero3" else None)
     before = local_checksum(backbone)
@@ -40,14 +49,14 @@ def gradient_on_this_rank(folder: str, prompt_file: str, sharding: str) -> dict[
     metrics = accumulate_gradient(backbone, prompt, batches, Z_LOSS)
     assert_unchanged(backbone, before)
     assert prompt.weight.grad is not None
-    result = Path(prompt_file).parent / f"gradient-{sharding}-{ranks.world_size()}-{ranks.rank()}"
+    result = Path(folder) / f"gradient-{sharding}-{ranks.world_size()}-{ranks.rank()}"
     save_file({"gradient": prompt.weight.grad.contiguous()}, str(result))
-    live = sum(p.numel() for p in backbone.model.parameters()) if backbone.sharded else 0
     return {
         "loss": metrics["loss"],
         "num_tokens": metrics["num_tokens"],
         "gradient_file": str(result),
         "fingerprint": backbone.fingerprint,
-        "live_elements": live,
+        "live_elements": sum(p.numel() for p in backbone.model.parameters()),
+        "sharding": sharding,
         "threads": torch.get_num_threads(),
     }

@@ -17,6 +17,7 @@ from tests.models import make_llama, make_t5, save_model
 P, D = 6, 32
 TOLERANCE = 1e-5
 CELLS = [("replicated", 1), ("replicated", 2), ("zero3", 2)]
+MODELS = {"t5": make_t5, "llama": make_llama}
 
 
 @pytest.fixture(scope="module")
@@ -89,16 +90,17 @@ def assert_same(ours, reference):
     torch.testing.assert_close(gradient, reference[1], rtol=0, atol=TOLERANCE)
 
 
-def ours_on_ranks(  # noqa: PLR0913
-    run_on_ranks, folder, prompt_PD, tmp_path, sharding, world_size
-):
-    prompt_file = tmp_path / "prompt.safetensors"
-    save_file({"prompt": prompt_PD}, prompt_file)
-    return run_on_ranks(
-        equivalence.gradient_on_this_rank,
+@pytest.fixture(scope="module", params=CELLS, ids=lambda cell: f"{cell[0]}-{cell[1]}")
+def cell(request, run_functions, prompt_PD, tmp_path_factory):
+    """What every rank of one way to run says of each model: one launch for all models."""
+    sharding, world_size = request.param
+    folder = tmp_path_factory.mktemp("equivalence")
+    save_file({"prompt": prompt_PD}, folder / "prompt.safetensors")
+    return run_functions(
+        equivalence.gradients_on_this_rank,
         world_size,
-        folder=folder,
-        prompt_file=prompt_file,
+        folders={name: save_model(make(), folder / name) for name, make in MODELS.items()},
+        prompt_file=folder / "prompt.safetensors",
         sharding=sharding,
         timeout=240,
     )
@@ -108,22 +110,17 @@ def test_peft_and_plain_hugging_face_agree(prompt_PD):
     assert_same(peft_t5(prompt_PD), plain_t5(prompt_PD))
 
 
-@pytest.mark.parametrize(("sharding", "world_size"), CELLS)
-@pytest.mark.parametrize(("make", "plain"), [(make_t5, plain_t5), (make_llama, plain_llama)])
-def test_every_cell_gives_the_reference_gradient(  # noqa: PLR0913
-    run_on_ranks, prompt_PD, tmp_path, make, plain, sharding, world_size
-):
-    folder = save_model(make(), tmp_path / "backbone")
-    reference = plain(prompt_PD)
-    results = ours_on_ranks(run_on_ranks, folder, prompt_PD, tmp_path, sharding, world_size)
+@pytest.mark.parametrize(("name", "plain"), [("t5", plain_t5), ("llama", plain_llama)])
+def test_every_cell_gives_the_reference_gradient(cell, prompt_PD, name, plain):
+    results = [said[name] for said in cell]
     for result in results:
         gradient = load_file(result["gradient_file"])["gradient"]
-        assert_same((result["loss"], gradient), reference)
+        assert_same((result["loss"], gradient), plain(prompt_PD))
         assert result["num_tokens"] == sum(len(e.target_ids) for e in equivalence.EXAMPLES)
     assert len({result["fingerprint"] for result in results}) == 1
 
 
-def test_nothing_stays_gathered_after_a_step(run_on_ranks, prompt_PD, tmp_path):
-    folder = save_model(make_t5(), tmp_path / "backbone")
-    results = ours_on_ranks(run_on_ranks, folder, prompt_PD, tmp_path, "zero3", 2)
-    assert [result["live_elements"] for result in results] == [0, 0]
+def test_nothing_stays_gathered_after_a_step(cell):
+    for said in cell:
+        for result in said.values():
+            assert (result["live_elements"] == 0) == (result["sharding"] == "zero3")

@@ -11,52 +11,18 @@ import torch
 from torch import Tensor
 
 from softprompt_dist.backbone.base import Backbone
-from softprompt_dist.backbone.load import load_backbone, load_tokenizer
-from softprompt_dist.config import BackboneConfig
-from softprompt_dist.data.batching import Family, TokenExample, Tokenised, tokenise
-from softprompt_dist.data.tasks import Example
+from softprompt_dist.backbone.load import load_tokenizer
+from softprompt_dist.data.batching import TokenExample
 from softprompt_dist.prompt.module import SoftPrompt
 from softprompt_dist.run.scoring import LabelSet, Scorer
-from tests import runs
+from tests.stage import Stage
 
-ROWS = 23
 FAMILIES = ["seq2seq", "causal"]
-SCALE = {"seq2seq": 8.0, "causal": 8.0}
-LABELS = LabelSet(
-    ("one", "two", "three", "four", "five"),
-    ((20, 1), (21, 30, 1), (22, 1), (23, 31, 32, 1), (24, 33, 1)),
-)
-
-
-def tokens_of(texts: list[str], folder: Path, family: Family) -> Tokenised:
-    examples = [Example(text, text) for text in texts]
-    return tokenise(
-        examples, load_tokenizer(folder), family=family, max_input_tokens=48, append_eos=True
-    )
-
-
-class Stage:
-    """A backbone, rows, and a label set. Its weights are large, so that rows differ in answers."""
-
-    def __init__(self, folder: Path, family: Family) -> None:
-        self.backbone = load_backbone(BackboneConfig(path=str(folder), sharding="replicated"))
-        with torch.no_grad():
-            for matrix in (p for p in self.backbone.parameters() if p.dim() > 1):
-                matrix.mul_(SCALE[family])
-        self.tokenizer = load_tokenizer(folder)
-        texts = [row["text"] for row in runs.make_rows(ROWS, seed=11)]
-        self.rows = tokens_of(texts, folder, family).examples
-        self.labels = LABELS
-        generator = torch.Generator().manual_seed(1)
-        self.prompt = SoftPrompt(torch.randn(4, 32, generator=generator))
-
-    def scorer(self, method: str, batch_size: int) -> Scorer:
-        return Scorer(self.backbone, self.tokenizer, self.labels, method, batch_size)
 
 
 @pytest.fixture(scope="module")
 def stages(tiny_t5: Path, tiny_llama: Path) -> dict[str, Stage]:
-    return {"seq2seq": Stage(tiny_t5, "seq2seq"), "causal": Stage(tiny_llama, "causal")}
+    return {"seq2seq": Stage(tiny_t5), "causal": Stage(tiny_llama)}
 
 
 def log_likelihood(backbone: Backbone, prompt: SoftPrompt, row: TokenExample, ids: Tensor) -> float:
@@ -151,10 +117,10 @@ def test_neither_batch_size_nor_order_matters(
 ) -> None:
     stage = stages[family]
     reference = stage.scorer(method, 1).predict(stage.prompt, stage.rows)
-    assert len(reference) == ROWS
+    assert len(reference) == len(stage.rows)
     for batch_size in (4, 22, 23, 64):
         assert stage.scorer(method, batch_size).predict(stage.prompt, stage.rows) == reference
-    order = random.Random(0).sample(range(ROWS), ROWS)
+    order = random.Random(0).sample(range(len(stage.rows)), len(stage.rows))
     shuffled = stage.scorer(method, 5).predict(stage.prompt, [stage.rows[i] for i in order])
     assert shuffled == [reference[i] for i in order]
 
