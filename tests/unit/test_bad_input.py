@@ -205,3 +205,20 @@ def test_a_prompt_without_its_run_needs_a_recipe(said: Said, tuned: Path, tmp_pa
 def test_predictions_that_cannot_be_written(said: Said, tuned: Path, tmp_path: Path) -> None:
     prompt = tuned / "prompt" / "best.safetensors"
     assert_message(said(evaluate.main, "--prompt", prompt, "--output", tmp_path), tmp_path)
+
+
+def test_a_first_loss_that_is_not_finite_leaves_a_run_that_resumes(
+    said: Said, tiny_recipe: Path, other_backbone: Path, tmp_path: Path
+) -> None:
+    weights = load_file(other_backbone / "model.safetensors")
+    weights["lm_head.weight"][7] = torch.inf
+    save_file(weights, other_backbone / "model.safetensors", metadata={"format": "pt"})
+    arguments = ["--set", f"backbone.path={other_backbone}", "--run-dir", tmp_path / "run"]
+    for resume in ([], ["--resume"]):
+        code, _, err = said(train.main, "--recipe", tiny_recipe, *arguments, *resume)
+        assert code == 4
+        assert "error: Step 1: The loss is" in err
+        assert "The state after step 0 is saved" in err
+        lines = runs.metrics_without_time(tmp_path / "run")
+        assert [(line["kind"], line["step"]) for line in lines] == [("validation", 0)]
+    assert runs.checkpoint_folder(tmp_path / "run", 0).is_dir()
