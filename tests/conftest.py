@@ -6,8 +6,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests import runs
+
+_has_gpu = torch.cuda.is_available
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests run on the CPU, also where there is a GPU, unless they are marked `gpu`."""
+    wants_gpu = item.get_closest_marker("gpu") is not None
+    torch.cuda.is_available = _has_gpu if wants_gpu else lambda: False
 
 
 @pytest.fixture(scope="session")

@@ -82,7 +82,7 @@ def test_a_decoder_only_backbone_goes_the_same_path(tune: Tune, tiny_llama: Path
         "steps=20",
     )
     curve = losses(run_dir)
-    assert curve[-1] < min(curve[:3]) - 0.01
+    assert curve[-1] < curve[0] - 0.02
 
 
 def test_the_same_recipe_gives_the_same_run_and_another_seed_another(tune: Tune) -> None:
