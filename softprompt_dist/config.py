@@ -17,7 +17,7 @@ class Section(BaseModel):
 
 
 class BackboneConfig(Section):
-    """Which frozen model, and how its weights are held. Nothing here changes the results."""
+    """Which frozen model, and how its weights are held; sharding changes no result."""
 
     path: str = "demo:smollm2-135m"
     """Hugging Face folder, hub name, `demo:smollm2-135m` (fetched once) or `demo:tiny-t5`."""
@@ -162,7 +162,7 @@ class TuneConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     @model_validator(mode="after")
-    def _check_prompt_source(self) -> TuneConfig:
+    def _check_sections_agree(self) -> TuneConfig:
         for kind in ("text", "file"):
             given = getattr(self.prompt, kind)
             wanted = self.prompt.initialisation == kind
@@ -175,6 +175,12 @@ class TuneConfig(Section):
                     f"prompt.{kind} is given, but prompt.initialisation is "
                     f"{self.prompt.initialisation!r}. Set prompt.initialisation={kind}."
                 )
+        if self.evaluation.method == "greedy" and not self.task.append_eos:
+            raise ValueError(
+                "evaluation.method is 'greedy' and task.append_eos is false, so no answer "
+                "would ever "
+                "end. Set evaluation.method=rank or task.append_eos=true."
+            )
         return self
 
 

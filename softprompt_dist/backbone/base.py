@@ -10,14 +10,12 @@ that start there.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from softprompt_dist.data.batching import TokenBatch
-
-Family = Literal["seq2seq", "causal"]
+from softprompt_dist.data.batching import Family, TokenBatch
 
 
 class Backbone(nn.Module):
@@ -51,6 +49,11 @@ class Backbone(nn.Module):
         return next(self.model.parameters()).dtype
 
     @property
+    def max_positions(self) -> int | None:
+        """Most positions that prompt, input and target may take together; None for no limit."""
+        return None
+
+    @property
     def vocabulary_size(self) -> int:
         """Number of rows of the embedding table."""
         table = self.model.get_input_embeddings().weight  # type: ignore[operator]
@@ -75,6 +78,8 @@ class Backbone(nn.Module):
         """
         import deepspeed  # not before `join_world` has set what it reads at import
 
+        # One weight at a time: `initialize` alone would first move the whole model to the device.
+        deepspeed.zero.Init(module=self, config_dict_or_path=engine_config)
         engine, *_ = deepspeed.initialize(model=self, config=engine_config)
         self._engines.append(engine)
 
@@ -127,6 +132,12 @@ class CausalBackbone(Backbone):
     """
 
     family: Family = "causal"
+
+    @property
+    def max_positions(self) -> int | None:
+        """Most positions that prompt, input and target may take together; None for no limit."""
+        names = ("max_position_embeddings", "n_positions")
+        return next((int(n) for name in names if (n := getattr(self.config, name, None))), None)
 
     def _logits(self, prompt_BPD: Tensor, embeds_BSD: Tensor, batch: TokenBatch) -> Tensor:
         embeds_BTD = self.model.get_input_embeddings()(batch.target_ids_BT)  # type: ignore[operator]

@@ -29,6 +29,8 @@ from softprompt_dist.parallel import ranks
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _DROPOUT_NAMES = (
     "dropout_rate",
+    "dropout",
+    "activation_dropout",
     "attention_dropout",
     "hidden_dropout",
     "resid_pdrop",

@@ -31,6 +31,7 @@ def new_t5(
         decoder_start_token_id=0,
         pad_token_id=0,
         eos_token_id=1,
+        tie_word_embeddings=False,  # so that the head's inputs are not scaled, as in T5 v1.1
         **architecture.model_dump(),
     )
     with torch.random.fork_rng(devices=[]):

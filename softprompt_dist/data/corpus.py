@@ -13,7 +13,9 @@ import hashlib
 import json
 import logging
 import lzma
+import os
 import re
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,9 +172,12 @@ def _encode(path: Path, tokenizer: Any) -> tuple[npt.NDArray[np.int32], npt.NDAr
 
 
 def _save_array(path: Path, array: npt.NDArray[Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
+    # A name of its own: other ranks, or other runs, may be tokenising the same file.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     with temporary.open("wb") as file:
         np.save(file, array)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
 
 

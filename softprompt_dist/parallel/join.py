@@ -14,6 +14,7 @@ import re
 import socket
 import warnings
 from collections.abc import Iterator, Mapping, MutableMapping
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,8 @@ from softprompt_dist.parallel.extensions import check_extension_can_be_had, choo
 
 log = logging.getLogger(__name__)
 
+_LONGEST_WAIT = timedelta(hours=2)
+"""For a rank that waits while rank 0 fetches a checkpoint or tokenises a corpus."""
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -38,10 +41,11 @@ def join_world(*, debug: bool = False) -> None:
         return
     fill_rank_variables(os.environ)
     check_rank_variables(os.environ)
-    on_gpu = torch.cuda.is_available()
+    on_gpu = ranks.device().type == "cuda"
     set_threads(os.environ)
     folder = choose_extensions_folder()
     if on_gpu:
+        check_gpus(torch.cuda.device_count(), os.environ)
         torch.cuda.set_device(ranks.device())
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -122,6 +126,23 @@ def check_rank_variables(environ: Mapping[str, str]) -> None:
         raise MachineError(f"RANK={rank} must be below WORLD_SIZE={world_size}. {remedy}")
 
 
+def check_gpus(num_gpus: int, environ: Mapping[str, str]) -> None:
+    """Refuse more ranks on a node than it has GPUs, unless each rank was shown one of its own.
+
+    Raises:
+        MachineError: with the two numbers.
+    """
+    num_ranks = local_world_size(environ)
+    # Slurm's --gpus-per-task shows each task one GPU only.
+    under_slurm = "SLURM_STEP_ID" in environ or "SLURM_STEPID" in environ
+    own_gpu_each = num_gpus == 1 and under_slurm
+    if num_ranks > num_gpus and not own_gpu_each:
+        raise MachineError(
+            f"{num_ranks} ranks were started on this node, which has {num_gpus} GPU(s); each rank "
+            f"needs one. Start with --num_gpus {num_gpus}, or set DS_ACCELERATOR=cpu."
+        )
+
+
 def local_world_size(environ: Mapping[str, str]) -> int:
     """Number of ranks on this node, as far as the launcher tells; else the whole world."""
     tasks = environ.get("SLURM_STEP_TASKS_PER_NODE", "").partition("(")[0].partition(",")[0]
@@ -179,7 +200,9 @@ def _init_deepspeed(backend: str, *, debug: bool) -> None:
             import deepspeed
 
             logging.getLogger("DeepSpeed").setLevel(logging.INFO if debug else logging.WARNING)
-            deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=debug)
+            deepspeed.init_distributed(
+                backend, timeout=_LONGEST_WAIT, auto_mpi_discovery=False, verbose=debug
+            )
     except SoftpromptError:
         raise
     except (RuntimeError, ImportError, OSError) as error:

@@ -20,7 +20,9 @@ T = TypeVar("T")
 
 def rank() -> int:
     """This process's rank; 0 outside a distributed run."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    if dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0")
 
 
 def world_size() -> int:
@@ -41,17 +43,11 @@ def is_main() -> bool:
 
 
 def device() -> torch.device:
-    """The accelerator of this rank, or the CPU."""
-    if not torch.cuda.is_available():
+    """The accelerator of this rank, or the CPU (always with `DS_ACCELERATOR=cpu`)."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     # Slurm's --gpus-per-task shows each task one device only, whatever its local rank.
     return torch.device("cuda", local_rank() if local_rank() < torch.cuda.device_count() else 0)
-
-
-def barrier() -> None:
-    """Wait for all ranks."""
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:

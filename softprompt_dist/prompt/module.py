@@ -20,4 +20,5 @@ class SoftPrompt(nn.Module):
 
     def forward(self, batch_size: int, dtype: torch.dtype) -> Tensor:
         """The prompt for each row of a batch, prompt_BPD, cast to the activations' `dtype`."""
-        return self.weight.to(dtype).expand(batch_size, -1, -1)
+        # Cast after the expansion: the gradient's sum over the rows is then taken in fp32.
+        return self.weight.expand(batch_size, -1, -1).to(dtype)

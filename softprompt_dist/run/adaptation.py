@@ -151,12 +151,12 @@ def validation_loss(run: AdaptationRun) -> float | None:
     if run.validation is None:
         return None
     size = run.config.batch.micro_batch_size
-    count = min(len(run.validation), run.config.max_validation_examples) // size * size
+    count = min(len(run.validation), run.config.max_validation_examples)
     sums = torch.zeros(2, dtype=torch.float64)
     run.model.eval()
     for start in range(ranks.rank() * size, count, size * ranks.world_size()):
         _, cross_entropy, num_tokens = run.losses(
-            run.validation.batch(start, size).to(ranks.device())
+            run.validation.batch(start, min(size, count - start)).to(ranks.device())
         )
         sums += torch.stack([cross_entropy.double().cpu(), num_tokens.double().cpu()])
     run.model.train()

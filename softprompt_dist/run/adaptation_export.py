@@ -42,7 +42,12 @@ def write_t5(model: T5V11, tokenizer: Any, folder: Path, dtype: torch.dtype) -> 
         for name, tensor in model.state_dict().items()
         if name not in shared_names
     }
+    if model.config.scale_decoder_outputs:
+        # T5 v1.1 has no such scale, and older versions apply none: it goes into the head.
+        scale = model.config.d_model**-0.5
+        weights["lm_head.weight"] = (model.lm_head.weight.detach().float() * scale).to("cpu", dtype)
     config = json.loads(model.config.to_json_string(use_diff=True)) | {
+        "scale_decoder_outputs": False,
         "architectures": ["T5ForConditionalGeneration"],
         "dtype": str(dtype).removeprefix("torch."),
         "tie_word_embeddings": False,

@@ -38,9 +38,10 @@ _FREE_TO_CHANGE: dict[str, Any] = {
     "checkpoint": ...,
     "backbone": {"path", "revision", "sharding"},
     "batch": {"micro_batch_size"},
-    "evaluation": {"batch_size", "max_test_examples"},
+    "evaluation": {"batch_size"},
 }
-"""Settings that a resume may change: no result depends on them, or the fingerprint decides."""
+"""Settings that a resume may change: no result depends on them (dropout's draws aside), or the
+fingerprint decides."""
 
 
 @dataclass
@@ -75,7 +76,7 @@ def validate(run: TuningRun, state: TuningState, directory: RunDirectory, journa
     predictions = run.scorer.predict(run.prompt, split.tokens)
     score = accuracy(predictions, [e.target_text.strip() for e in split.texts])
     journal.log(state.step, {"accuracy": score}, kind="validation")
-    if score > state.best_score:
+    if score >= state.best_score:  # of equals the later: it has seen more
         state.best_score, state.best_step = score, state.step
         state.best_prompt_PD = run.prompt.weight.detach().clone()
         ranks.on_main(lambda: publish_prompt(run, state, directory))
@@ -201,9 +202,9 @@ def _check_belongs(run: TuningRun, values: dict[str, Any]) -> None:
         **_flat(_binding_recipe(run.config)),
     }
     then = {
-        "backbone fingerprint": values["backbone_fingerprint"],
-        "data": values["data_digests"],
-        **_flat(values["recipe"]),
+        "backbone fingerprint": values.get("backbone_fingerprint"),
+        "data": values.get("data_digests"),
+        **_flat(values.get("recipe", {})),
     }
     different = [key for key in now if now[key] != then.get(key)]
     if different:
@@ -211,7 +212,7 @@ def _check_belongs(run: TuningRun, values: dict[str, Any]) -> None:
             f"  - {key}: saved {then.get(key)!r}, now {now[key]!r}" for key in different
         )
         raise CheckpointError(
-            f"The checkpoint of step {values['step']} belongs to another run:\n{lines}\n"
+            f"The checkpoint of step {values.get('step')} belongs to another run:\n{lines}\n"
             "Use the saved values, another --run-dir, or --fresh to set the old run aside."
         )
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-IGNORED_LABEL = -100
+from softprompt_dist.data.batching import IGNORED_LABEL
 
 
 class TokenLoss(NamedTuple):

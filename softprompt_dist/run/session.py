@@ -14,7 +14,7 @@ from softprompt_dist.recipe import to_yaml
 from softprompt_dist.run.directory import RunDirectory
 from softprompt_dist.run.environment import describe_environment
 from softprompt_dist.run.journal import Journal
-from softprompt_dist.run.loop import checkpoint_store, restore, tune, validate
+from softprompt_dist.run.loop import checkpoint_store, publish_prompt, restore, tune, validate
 from softprompt_dist.run.outcome import count_untuned, report_outcome
 from softprompt_dist.run.tuning import TuningRun, build_tuning_run
 
@@ -44,6 +44,9 @@ def train(
         ranks.together(lambda: _refuse_to_start(directory))
     run = build_tuning_run(config, ds_config)
     state = restore(run, checkpoint)
+    if state.best_score >= 0:
+        # An attempt that was killed may have published a prompt of steps that are now redone.
+        ranks.on_main(lambda: publish_prompt(run, state, directory))
     # Only once the checkpoint has been found to belong to this recipe.
     directory.record(to_yaml(config), describe_environment())
     with Journal(directory, config.steps, start_step=state.step) as journal:

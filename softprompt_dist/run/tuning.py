@@ -17,7 +17,7 @@ from softprompt_dist.config import AdaptConfig, TuneConfig
 from softprompt_dist.data.batching import TokenBatch, TokenExample, collate, tokenise
 from softprompt_dist.data.order import ExampleOrder
 from softprompt_dist.data.tasks import Example, TaskData, load_task
-from softprompt_dist.errors import ConfigError, InvariantError
+from softprompt_dist.errors import ConfigError, DataError, InvariantError
 from softprompt_dist.parallel import ranks
 from softprompt_dist.parallel.equality import assert_equal_on_all_ranks, assert_same_on_all_ranks
 from softprompt_dist.prompt.initialise import initialise_prompt
@@ -162,8 +162,7 @@ def assert_only_prompt_trains(run: TuningRun) -> None:
     if trainable or not prompt.requires_grad or prompt.dtype != torch.float32:
         raise InvariantError(
             f"Only the prompt may train, in fp32: backbone weights {trainable[:5]} require "
-            "gradients; "
-            f"the prompt: requires_grad={prompt.requires_grad}, {prompt.dtype}."
+            f"gradients; the prompt: requires_grad={prompt.requires_grad}, {prompt.dtype}."
         )
 
 
@@ -174,7 +173,22 @@ def _all_tokens(
         name: _tokenised(config, tokenizer, backbone, name, getattr(task, name))
         for name in ("train", "validation", "test")
     }
+    _check_positions(config, backbone, splits)
     return splits, _label_set(config, task, tokenizer, backbone)
+
+
+def _check_positions(config: TuneConfig, backbone: Backbone, splits: dict[str, Split]) -> None:
+    examples = [example for split in splits.values() for example in split.tokens]
+    longest = max(len(e.input_ids) + len(e.target_ids) for e in examples)
+    needed = config.prompt.prompt_length + longest
+    limit = backbone.max_positions
+    if limit is not None and needed > limit:
+        raise DataError(
+            f"prompt.prompt_length {config.prompt.prompt_length} and the longest input with "
+            "its target, "
+            f"{longest} tokens, make {needed} positions, but the backbone has {limit}. Lower "
+            f"backbone.max_input_tokens by {needed - limit} or more, or prompt.prompt_length."
+        )
 
 
 def _tokenised(

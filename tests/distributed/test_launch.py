@@ -19,7 +19,7 @@ def fail_on_rank_1():
     print("before the failure")
     if ranks.rank() == 1:
         raise ValueError("planted")
-    ranks.barrier()
+    ranks.gather_objects(0)
 
 
 def sleep_for_ever():
