@@ -97,9 +97,11 @@ class OptimizerConfig(Section):
 
     name: Literal["adafactor", "adamw"] = "adafactor"
     learning_rate: Annotated[float, Field(gt=0)] = 0.3
-    """Constant."""
+    """Constant after warm-up, but for `linear_decay_steps`."""
     warmup_steps: NotNegative = 0
     """Linear warm-up; the paper has none."""
+    linear_decay_steps: Positive | None = None
+    """The rate falls linearly from step 0 to 0 at this step; the paper's is constant."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-5
     """Adafactor: not multiplied by the learning rate (T5X). AdamW: multiplied by it (torch)."""
     decay_rate: Annotated[float, Field(gt=0, lt=1)] = 0.8
@@ -175,6 +177,12 @@ class TuneConfig(Section):
                     f"prompt.{kind} is given, but prompt.initialisation is "
                     f"{self.prompt.initialisation!r}. Set prompt.initialisation={kind}."
                 )
+        decay_steps = self.optimizer.linear_decay_steps
+        if decay_steps is not None and self.steps > decay_steps:
+            raise ValueError(
+                f"steps is {self.steps}, but the learning rate is 0 from step {decay_steps} on. "
+                "Set optimizer.linear_decay_steps to the number of steps, or leave it out."
+            )
         if self.evaluation.method == "greedy" and not self.task.append_eos:
             raise ValueError(
                 "evaluation.method is 'greedy' and task.append_eos is false, so no answer "

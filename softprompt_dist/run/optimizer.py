@@ -117,9 +117,12 @@ def build_optimizer(
 def learning_rate_at(config: OptimizerConfig, update: int) -> float:
     """Learning rate of the run's update number `update` (from 0): constant after linear warm-up.
 
-    As in T5X update 0 of a warm-up has the smallest rate, 1e-8. Warm-up starts with the run.
+    As in T5X update 0 of a warm-up has the smallest rate, 1e-8. Warm-up starts with the run, and so
+    does the linear decay, where there is one.
     """
     share = min(1.0, update / config.warmup_steps) if config.warmup_steps else 1.0
+    if config.linear_decay_steps is not None:
+        share *= max(0.0, 1.0 - update / config.linear_decay_steps)
     return max(config.learning_rate * share, SMALLEST_LEARNING_RATE)
 
 
