@@ -10,10 +10,9 @@ import pytest
 DEEPSPEED = Path(sys.executable).with_name("deepspeed")
 
 
-def run_failing_verb(*arguments):
-    command = [DEEPSPEED, "--master_port", str(launch.free_port()), "--num_gpus", "2", "--module"]
+def deepspeed(*arguments):
     return subprocess.run(
-        [*command, "tests.distributed.failing_verb", *arguments],
+        [DEEPSPEED, "--master_port", str(launch.free_port()), "--num_gpus", "2", *arguments],
         cwd=launch.REPOSITORY,
         capture_output=True,
         text=True,
@@ -32,9 +31,16 @@ def run_failing_verb(*arguments):
     ],
 )
 def test_one_rank_speaks_and_the_job_fails(how, message):
-    done = run_failing_verb(how)
+    done = deepspeed("--module", "tests.distributed.failing_verb", how)
     said = [line for line in done.stderr.splitlines() if "error: " in line]
     assert len(said) == 1, done.stderr
     assert said[0].startswith(message)
     assert "Traceback" not in done.stderr
     assert done.returncode == 2
+
+
+def test_the_command_of_the_readme_as_typed(tiny_recipe):
+    done = deepspeed("-m", "softprompt_dist.train", "--recipe", str(tiny_recipe), "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("name: tiny\n") == 1, "rank 0 alone prints"
+    assert "Traceback" not in done.stderr
