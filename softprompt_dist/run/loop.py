@@ -150,7 +150,7 @@ def restore(run: TuningRun, checkpoint: Checkpoint | None) -> TuningState:
     if checkpoint is None:
         return TuningState(best_prompt_PD=run.prompt.weight.detach().clone())
     values, tensors = checkpoint.state, checkpoint.tensors
-    ranks.together(lambda: _check_belongs(run, values))
+    ranks.together(lambda: _check_belongs(run, checkpoint))
     with torch.no_grad():
         run.prompt.weight.copy_(tensors["prompt"])
     optimizer_from_tensors(
@@ -195,7 +195,8 @@ def _binding_recipe(config: TuneConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude=_FREE_TO_CHANGE)
 
 
-def _check_belongs(run: TuningRun, values: dict[str, Any]) -> None:
+def _check_belongs(run: TuningRun, checkpoint: Checkpoint) -> None:
+    values = checkpoint.state
     now = {
         "backbone fingerprint": run.backbone.fingerprint,
         "data": run.task.digests,
@@ -212,7 +213,7 @@ def _check_belongs(run: TuningRun, values: dict[str, Any]) -> None:
             f"  - {key}: saved {then.get(key)!r}, now {now[key]!r}" for key in different
         )
         raise CheckpointError(
-            f"The checkpoint of step {values.get('step')} belongs to another run:\n{lines}\n"
+            f"The checkpoint of step {checkpoint.step} belongs to another run:\n{lines}\n"
             "Use the saved values, another --run-dir, or --fresh to set the old run aside."
         )
 

@@ -10,10 +10,11 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 import softprompt_dist
 from softprompt_dist import adapt
 from softprompt_dist.backbone.t5_v11 import new_t5, read_t5
-from softprompt_dist.config import AdaptConfig, ArchitectureConfig
+from softprompt_dist.config import AdaptConfig, ArchitectureConfig, TuneConfig
 from softprompt_dist.errors import BackboneError, CheckpointError, ConfigError, NonFiniteLossError
-from softprompt_dist.run import adaptation_session
-from softprompt_dist.run.adaptation import update_weights
+from softprompt_dist.recipe import load_recipe
+from softprompt_dist.run import adaptation_session, session
+from softprompt_dist.run.adaptation import update_weights, validation_loss
 from softprompt_dist.run.adaptation_export import write_t5
 from softprompt_dist.run.adaptation_rate import build_optimizer, learning_rate_at
 from softprompt_dist.run.adaptation_session import build_adaptation_run, export_newest
@@ -168,6 +169,45 @@ def test_an_export_is_the_same_model_in_plain_transformers(make_config, dtype, t
     saved = json.loads((folder / "config.json").read_text())
     assert saved["tie_word_embeddings"] is False
     assert saved["decoder_start_token_id"] == 0
+
+
+def test_a_scale_before_the_head_is_exported_as_part_of_the_head(tmp_path):
+    model = new_t5(SMALL, 6144, 0.0, 0).eval()
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        unscaled = model(input_ids=ids, decoder_input_ids=ids).logits
+        model.config.scale_decoder_outputs = True
+        expected = model(input_ids=ids, decoder_input_ids=ids).logits
+        write_t5(model, AutoTokenizer.from_pretrained(TOKENIZER), tmp_path, torch.float32)
+        plain = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, local_files_only=True).eval()
+        logits = plain(input_ids=ids, decoder_input_ids=ids).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(expected, unscaled, rtol=1e-2)
+    assert json.loads((tmp_path / "config.json").read_text())["scale_decoder_outputs"] is False
+
+
+def test_a_new_t5_has_no_scale_before_its_head():
+    assert new_t5(SMALL, 6144, 0.0, 0).config.scale_decoder_outputs is False
+
+
+def test_validation_counts_every_piece_also_of_an_incomplete_micro_batch(make_config):
+    def loss(max_examples, size):
+        batch = {"global_batch_size": size, "micro_batch_size": size}
+        config = make_config(batch=batch, max_validation_examples=max_examples)
+        return validation_loss(build_adaptation_run(config))
+
+    one, three = loss(1, 1), loss(3, 1)
+    assert one != pytest.approx(three, rel=1e-5)
+    assert loss(1, 4) == pytest.approx(one, rel=1e-6)
+    assert loss(3, 2) == pytest.approx(three, rel=1e-6)
+
+
+def test_tuning_does_not_continue_an_adaptation(make_config, tiny_recipe):
+    config = make_config(steps=3)
+    adaptation_session.adapt(config)
+    tuning = load_recipe(TuneConfig, tiny_recipe, [f"run_directory={config.run_directory}"])
+    with pytest.raises(CheckpointError, match=r"step 3 belongs to another run(.|\n)*--fresh"):
+        session.train(tuning)
 
 
 def test_adapting_an_export_continues_its_history(make_config):
