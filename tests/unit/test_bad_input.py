@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -132,6 +133,22 @@ def test_a_damaged_backbone(
     (folder / damage).write_bytes(b"{")
     arguments = ["--set", f"backbone.path={folder}", "--run-dir", tmp_path / "run"]
     assert_message(said(train.main, "--recipe", tiny_recipe, *arguments), folder)
+
+
+def test_more_positions_than_the_backbone_has(
+    said: Said, tiny_recipe: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "llama"))
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, "max_position_embeddings": 12}))
+    arguments = ["--set", f"backbone.path={folder}", "--run-dir", tmp_path / "run"]
+    outcome = said(train.main, "--recipe", tiny_recipe, *arguments)
+    assert_message(outcome, "prompt.prompt_length 5", "the backbone has 12")
+    numbers = re.search(r"(\d+) tokens, make (\d+) positions.*_tokens by (\d+) or", outcome[2])
+    assert numbers is not None, outcome[2]
+    longest, needed, excess = map(int, numbers.groups())
+    assert needed == 5 + longest
+    assert excess == needed - 12
 
 
 def test_resume_where_there_is_nothing(said: Said, tiny_recipe: Path, tmp_path: Path) -> None:

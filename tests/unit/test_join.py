@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from softprompt_dist.errors import MachineError
-from softprompt_dist.parallel import extensions
+from softprompt_dist.parallel import extensions, ranks
 from softprompt_dist.parallel.extensions import (
     EXTENSION,
     check_extension_can_be_had,
@@ -18,6 +18,7 @@ from softprompt_dist.parallel.extensions import (
     wait_for_builder,
 )
 from softprompt_dist.parallel.join import (
+    check_gpus,
     check_rank_variables,
     fill_rank_variables,
     first_host,
@@ -117,6 +118,36 @@ def test_half_set_variables_are_refused(change: dict[str, str | None], message: 
     fill_rank_variables(environ)
     with pytest.raises(MachineError, match=message):
         check_rank_variables(environ)
+
+
+def test_more_ranks_than_gpus_are_refused_with_the_remedy() -> None:
+    with pytest.raises(MachineError, match=r"2 ranks.*1 GPU.*--num_gpus 1.*DS_ACCELERATOR=cpu"):
+        check_gpus(1, COMPLETE | {"LOCAL_SIZE": "2"})
+    with pytest.raises(MachineError, match=r"8 ranks.*4 GPU"):
+        check_gpus(4, SLURM)
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "environ"),
+    [
+        (8, COMPLETE | {"WORLD_SIZE": "8", "LOCAL_SIZE": "8"}),
+        (8, COMPLETE | {"WORLD_SIZE": "16", "LOCAL_SIZE": "8"}),
+        (8, SLURM),
+        (1, SLURM),  # --gpus-per-task=1 shows each rank only its own
+    ],
+)
+def test_a_gpu_for_each_rank_is_accepted(num_gpus: int, environ: dict[str, str]) -> None:
+    check_gpus(num_gpus, environ)
+
+
+def test_the_cpu_can_be_chosen_where_there_are_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    assert ranks.device() == torch.device("cuda", 1)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert ranks.device() == torch.device("cpu")
 
 
 def test_jobs_are_told_apart() -> None:

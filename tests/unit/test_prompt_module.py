@@ -22,6 +22,18 @@ def test_gradient_is_fp32_and_summed_over_the_batch():
     assert torch.equal(prompt.weight.grad, torch.full((3, 4), 5.0))
 
 
+def test_rows_are_summed_in_fp32_also_for_bf16_activations():
+    prompt = SoftPrompt(torch.zeros(3, 4))
+    generator = torch.Generator().manual_seed(0)
+    gradient_BPD = torch.randn(64, 3, 4, generator=generator).bfloat16()
+
+    prompt(64, torch.bfloat16).backward(gradient_BPD)
+
+    # bf16 has 8 bits: a sum of 64 such terms would be off by some 1e-2.
+    expected = gradient_BPD.double().sum(dim=0).float()
+    torch.testing.assert_close(prompt.weight.grad, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_prompt_is_the_only_state_and_a_copy_in_fp32():
     initial = torch.ones(3, 4, dtype=torch.bfloat16)
     prompt = SoftPrompt(initial)

@@ -139,6 +139,14 @@ def test_fresh_begins_again_and_keeps_the_old_checkpoints_aside(
     assert [line["step"] for line in runs.metrics_without_time(run_dir, "train")] == [1, 2]
 
 
+def test_a_resume_publishes_the_best_prompt_of_its_checkpoint(tune: Tune) -> None:
+    best = tune("run") / "prompt" / "best.safetensors"
+    published = best.read_bytes()
+    best.write_bytes(b"of steps after the checkpoint")
+    tune("run")
+    assert best.read_bytes() == published
+
+
 def test_more_steps_continue_a_finished_run(tune: Tune) -> None:
     whole = tune("whole", "steps=12")
     tune("extended")

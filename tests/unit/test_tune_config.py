@@ -304,3 +304,11 @@ def test_the_ds_config_decides_sharding_and_dtype(
     assert (config.backbone.sharding, config.backbone.dtype) == (sharding, dtype)
     assert config.deepspeed_config == str(path)
     assert engine == values
+
+
+def test_greedy_answers_must_have_an_end() -> None:
+    said = refusal("evaluation.method=greedy", "task.append_eos=false")
+    assert "evaluation.method=rank or task.append_eos=true" in said
+    for allowed in ("evaluation.method=greedy", "task.append_eos=true"):
+        load_recipe(TuneConfig, None, [allowed])
+    load_recipe(TuneConfig, None, ["evaluation.method=rank", "task.append_eos=false"])
