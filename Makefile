@@ -18,6 +18,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 PIP_INSTALL := $(PIP) install -c constraints.txt $(PIP_ARGS)
+# The same demo everywhere, also on a machine with a single GPU.
+ON_CPU := DS_ACCELERATOR=cpu
 SHELL_SCRIPTS := .ci/run $(wildcard slurm/*.sh)
 
 .PHONY: help demo demo-t5 test check format clean
@@ -34,11 +36,11 @@ $(READY): pyproject.toml constraints.txt
 
 .venv: $(READY) ## set up the environment only
 
-demo: $(READY) ## tune a prompt for a frozen 135M model: DeepSpeed ZeRO-3, 2 ranks, CPU is enough
-	$(BIN)/deepspeed --num_gpus 2 -m softprompt_dist.train --recipe demo $(ARGS)
+demo: $(READY) ## tune a prompt for a frozen 135M model: DeepSpeed ZeRO-3, 2 ranks, on the CPU
+	$(ON_CPU) $(BIN)/deepspeed --num_gpus 2 -m softprompt_dist.train --recipe demo $(ARGS)
 
 demo-t5: $(READY) ## the same for our own tiny T5
-	$(BIN)/deepspeed --num_gpus 2 -m softprompt_dist.train --recipe demo-t5 $(ARGS)
+	$(ON_CPU) $(BIN)/deepspeed --num_gpus 2 -m softprompt_dist.train --recipe demo-t5 $(ARGS)
 
 test: $(READY) ## run the whole test suite
 	$(BIN)/python -m pytest $(ARGS)
