@@ -8,7 +8,7 @@ is clipped by its root mean square over the whole tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from softprompt_dist.config import OptimizerConfig
 from softprompt_dist.errors import CheckpointError, ConfigError
+from softprompt_dist.run.parameterwise import SMALLEST_PARAMETER_SCALE, ParameterwiseOptimizer
 
 SMALLEST_FACTORED_AXIS = 128
-SMALLEST_PARAMETER_SCALE = 1e-3
 SMALLEST_LEARNING_RATE = 1e-8
 
 
-class T5XAdafactor(torch.optim.Optimizer):
+class T5XAdafactor(ParameterwiseOptimizer):
     """Adafactor without momentum (Shazeer and Stern, 2018) exactly as T5X computes it.
 
     Moments are float32 whatever the parameter's dtype. `lr` may be changed between updates through
@@ -73,22 +73,12 @@ class T5XAdafactor(torch.optim.Optimizer):
         }
         super().__init__(parameters, defaults)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Apply one update to every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state.update(_initial_state(parameter))
-                _update(parameter, state, group)
-        return loss
+    def update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+        """Move `parameter` by its gradient, in place, with the settings of its group."""
+        state = self.state[parameter]
+        if not state:
+            state.update(_initial_state(parameter))
+        _update(parameter, state, group)
 
 
 def build_optimizer(

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-SMALLEST_PARAMETER_SCALE = 1e-3
+from softprompt_dist.run.parameterwise import SMALLEST_PARAMETER_SCALE, ParameterwiseOptimizer
 
 
-class RmsScaledAdamW(torch.optim.Optimizer):
+class RmsScaledAdamW(ParameterwiseOptimizer):
     """Adam's step times max(1e-3, RMS(parameter)), so one rate suits T5's matrices of all sizes.
 
     nanoT5 (Nawrot, 2023) found that this scaling is what lets T5 converge from scratch under Adam.
@@ -30,21 +30,9 @@ class RmsScaledAdamW(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "epsilon": epsilon}
         super().__init__(parameters, defaults)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Apply one update to every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
-        return loss
-
-    def _update(self, parameter: nn.Parameter, grad: torch.Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
+    def update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+        """Move `parameter` by its gradient, in place, with the settings of its group."""
+        grad, state = parameter.grad, self.state[parameter]
         if not state:
             state["step"] = torch.tensor(0.0)
             state["exp_avg"] = torch.zeros_like(parameter)
