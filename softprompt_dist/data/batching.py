@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -17,6 +19,12 @@ if TYPE_CHECKING:
 
 Family = Literal["seq2seq", "causal"]
 IGNORED_LABEL = -100
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hex sha256 of the vocabulary: two tokenizers with the same pieces and ids share it."""
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

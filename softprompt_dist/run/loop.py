@@ -11,6 +11,7 @@ from torch import Tensor
 
 import softprompt_dist
 from softprompt_dist.config import TuneConfig
+from softprompt_dist.data.batching import tokenizer_fingerprint
 from softprompt_dist.errors import CheckpointError, NonFiniteLossError
 from softprompt_dist.parallel import ranks
 from softprompt_dist.parallel.equality import assert_equal_on_all_ranks
@@ -88,7 +89,7 @@ def publish_prompt(run: TuningRun, state: TuningState, directory: RunDirectory) 
     metadata = PromptMetadata(
         backbone_fingerprint=run.backbone.fingerprint,
         backbone=run.backbone.path,
-        tokenizer_fingerprint=tokenizer_fingerprint(run),
+        tokenizer_fingerprint=tokenizer_fingerprint(run.tokenizer),
         task=run.task.name,
         initialisation=run.config.prompt.initialisation,
         step=state.best_step,
@@ -99,14 +100,6 @@ def publish_prompt(run: TuningRun, state: TuningState, directory: RunDirectory) 
         version=softprompt_dist.__version__,
     )
     save_prompt(directory.prompts / "best.safetensors", prompt_PD, metadata)
-
-
-def tokenizer_fingerprint(run: TuningRun) -> str:
-    """Identity of the vocabulary: the same pieces with the same ids."""
-    import hashlib
-
-    pieces = sorted(run.tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
-    return hashlib.sha256(repr(pieces).encode()).hexdigest()[:32]
 
 
 def checkpoint_store(config: TuneConfig, directory: RunDirectory) -> CheckpointStore:
