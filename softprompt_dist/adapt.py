@@ -18,24 +18,11 @@ def build_parser() -> VerbParser:
     """Options of `softprompt adapt`."""
     parser = VerbParser("adapt", "Train all weights of a T5 v1.1 on plain text.")
     parser.add_recipe_options()
-    parser.add_argument("--steps", type=int, metavar="N", help="short for --set steps=N")
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="continue the newest checkpoint (done anyway if there is one); never start anew",
-    )
-    parser.add_argument(
-        "--fresh",
-        action="store_true",
-        help="set the run directory's checkpoints aside and begin at step 0",
-    )
+    parser.add_run_options()
     parser.add_argument(
         "--export",
         metavar="FOLDER",
         help="only write the newest checkpoint as a Hugging Face folder",
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print the final config as YAML and stop"
     )
     return parser
 

@@ -20,20 +20,7 @@ def build_parser() -> VerbParser:
         "train", "Tune a soft prompt for a frozen backbone. Without --recipe: the demo recipe."
     )
     parser.add_recipe_options()
-    parser.add_argument("--steps", type=int, metavar="N", help="short for --set steps=N")
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="continue the newest checkpoint, as is done anyway; refuse to start anew",
-    )
-    parser.add_argument(
-        "--fresh",
-        action="store_true",
-        help="set the run directory's checkpoints aside and begin at step 0",
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print the final config as YAML and stop"
-    )
+    parser.add_run_options()
     return parser
 
 

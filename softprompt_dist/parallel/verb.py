@@ -76,6 +76,23 @@ class VerbParser(argparse.ArgumentParser):
             "--deepspeed_config", metavar="JSON", help="engine plumbing; decides sharding and dtype"
         )
 
+    def add_run_options(self) -> None:
+        """Add the options that all verbs with updates and checkpoints share."""
+        self.add_argument("--steps", type=int, metavar="N", help="short for --set steps=N")
+        self.add_argument(
+            "--resume",
+            action="store_true",
+            help="continue the newest checkpoint, as is done anyway; refuse to start anew",
+        )
+        self.add_argument(
+            "--fresh",
+            action="store_true",
+            help="set the run directory's checkpoints aside and begin at step 0",
+        )
+        self.add_argument(
+            "--dry-run", action="store_true", help="print the final config as YAML and stop"
+        )
+
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing, so that `run_verb` decides which rank speaks.
 
