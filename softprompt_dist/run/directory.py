@@ -39,15 +39,6 @@ class RunDirectory:
         self.report = self.path / "report.md"
         self.results = self.path / "results.json"
 
-    def prepare(self, config_yaml: str, environment: Mapping[str, Any]) -> None:
-        """`create`, then `record`; all ranks.
-
-        Raises:
-            MachineError: on all ranks, when the directory cannot be made or written.
-        """
-        self.create()
-        self.record(config_yaml, environment)
-
     def create(self) -> None:
         """Make the folders and try a write, long before the first save needs one; all ranks.
 

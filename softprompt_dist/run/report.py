@@ -64,27 +64,23 @@ def write_report(
     directory: RunDirectory,
     rows: Sequence[ScoreRow],
     *,
-    subject: str = "tuned prompt",
     title: str = "Results",
-    notes: Sequence[str] = (),
 ) -> str:
     """Write report.md and results.json; returns the table and its verdicts for the screen.
 
     Args:
         directory: the run; its learning curve is shown where there is one.
-        rows: floors and `subject`, in the order of the table.
-        subject: name of the row that is compared with all others.
+        rows: floors and the tuned prompt, in the order of the table.
         title: heading of the report.
-        notes: further paragraphs, below the verdicts.
 
     Raises:
         OSError: the directory cannot be written.
     """
-    sentences = verdicts(rows, subject)
+    sentences = verdicts(rows)
     summary = "\n".join([results_table(rows), "", *(f"- {sentence}" for sentence in sentences)])
     curve = directory.plots / "learning_curve.png"
     picture = [f"![Learning curve](plots/{curve.name})"] if curve.exists() else []
-    text = "\n\n".join([f"# {title}", summary, *notes, *picture])
+    text = "\n\n".join([f"# {title}", summary, *picture])
     replace_file(directory.report, (text + "\n").encode())
     results = {"rows": [_as_json(row) for row in rows], "verdicts": sentences}
     replace_file(directory.results, (json.dumps(results, indent=2) + "\n").encode())

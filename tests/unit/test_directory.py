@@ -8,10 +8,11 @@ from softprompt_dist.run.directory import RunDirectory
 from softprompt_dist.run.environment import REDACTED, describe_environment, redact_command
 
 
-def test_prepare_makes_the_folders_and_records_every_attempt(tmp_path):
+def test_it_makes_the_folders_and_records_every_attempt(tmp_path):
     directory = RunDirectory(tmp_path / "runs" / "a")
-    directory.prepare("steps: 1\n", {"world_size": 2})
-    directory.prepare("steps: 2\n", {"world_size": 1})
+    directory.create()
+    directory.record("steps: 1\n", {"world_size": 2})
+    directory.record("steps: 2\n", {"world_size": 1})
     assert directory.config.read_text() == "steps: 2\n"
     attempts = json.loads(directory.environment.read_text())["attempts"]
     assert [attempt["world_size"] for attempt in attempts] == [2, 1]
@@ -29,14 +30,14 @@ def test_prepare_makes_the_folders_and_records_every_attempt(tmp_path):
 def test_a_damaged_environment_file_does_not_stop_a_resume(tmp_path):
     directory = RunDirectory(tmp_path)
     directory.environment.write_text('{"attempts": [')
-    directory.prepare("", {"world_size": 1})
+    directory.record("", {"world_size": 1})
     assert len(json.loads(directory.environment.read_text())["attempts"]) == 1
 
 
 def test_a_path_below_a_file_is_refused_with_the_remedy(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(MachineError, match=r"file/run cannot be written.*--run-dir"):
-        RunDirectory(tmp_path / "file" / "run").prepare("", {})
+        RunDirectory(tmp_path / "file" / "run").create()
 
 
 def test_no_write_permission_is_found_at_once(tmp_path, monkeypatch):

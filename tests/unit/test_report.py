@@ -60,11 +60,10 @@ def test_a_score_within_chance_of_a_floor_is_not_called_a_win():
 def test_the_report_is_written_for_people_and_for_programs(tmp_path):
     directory = RunDirectory(tmp_path)
     directory.create()
-    summary = write_report(directory, ROWS, title="Demo", notes=["Ran on 2 ranks."])
+    summary = write_report(directory, ROWS, title="Demo")
     report = directory.report.read_text()
     assert report.startswith("# Demo\n\n| ")
     assert summary in report
-    assert "Ran on 2 ranks." in report
     assert "learning_curve" not in report
     results = json.loads(directory.results.read_text())
     assert results["rows"][3]["accuracy"] == 0.92
