@@ -23,7 +23,7 @@ def assert_same_on_all_ranks(value: object, name: str) -> None:
         InvariantError: on all ranks, naming those that differ from rank 0.
     """
     values = ranks.gather_objects(repr(value))
-    different = [rank for rank, other in enumerate(values) if other != values[0]]
+    different = _unlike_rank_0(values)
     if different:
         raise InvariantError(
             f"{name} on ranks {different} is {values[different[0]][:200]}, but on rank 0 "
@@ -42,10 +42,14 @@ def assert_equal_on_all_ranks(tensor: Tensor, name: str) -> str:
         InvariantError: on all ranks, naming those that differ from rank 0.
     """
     digests = ranks.gather_objects(digest(tensor))
-    different = [rank for rank, value in enumerate(digests) if value != digests[0]]
+    different = _unlike_rank_0(digests)
     if different:
         raise InvariantError(
             f"{name} differs from rank 0's on ranks {different}. Every rank must apply the same "
             "update to the same values; the last checkpoint holds the last equal state."
         )
     return digests[0]
+
+
+def _unlike_rank_0(values: list[str]) -> list[int]:
+    return [rank for rank, value in enumerate(values) if value != values[0]]
