@@ -35,30 +35,28 @@ def test_lengths_without_padding(case):
     assert random_spans_helper(**case) == expected
 
 
+def assert_as_recorded(example, case):
+    assert example.input_ids.tolist() == case["inputs"]
+    assert example.target_ids.tolist() == case["targets"]
+    for key, expected in case.items():
+        if "_eos_" in key:
+            side = example.input_ids if key.startswith("inputs") else example.target_ids
+            length = int(key.rsplit("_", 1)[1])
+            assert append_eos_after_trim(side, length, EOS).tolist() == expected
+
+
 @pytest.mark.parametrize("case", read_lines("span_corruption.jsonl"))
 def test_span_corruption_of_a_given_mask(case):
     tokens = np.array(case["tokens"])
     mask = np.array([digit == "1" for digit in case["mask"]])
     example = corrupt_spans(tokens, mask, FIRST_SENTINEL)
-    assert example.input_ids.tolist() == case["inputs"]
-    assert example.target_ids.tolist() == case["targets"]
-    for key, expected in case.items():
-        if "_eos_" in key:
-            side = example.input_ids if key.startswith("inputs") else example.target_ids
-            length = int(key.rsplit("_", 1)[1])
-            assert append_eos_after_trim(side, length, EOS).tolist() == expected
+    assert_as_recorded(example, case)
 
 
 @pytest.mark.parametrize("case", read_lines("prefix_lm.jsonl"))
 def test_prefix_lm_at_a_given_split(case):
     example = split_prefix(np.array(case["tokens"]), case["n_prefix"])
-    assert example.input_ids.tolist() == case["inputs"]
-    assert example.target_ids.tolist() == case["targets"]
-    for key, expected in case.items():
-        if "_eos_" in key:
-            side = example.input_ids if key.startswith("inputs") else example.target_ids
-            length = int(key.rsplit("_", 1)[1])
-            assert append_eos_after_trim(side, length, EOS).tolist() == expected
+    assert_as_recorded(example, case)
 
 
 @pytest.mark.parametrize("case", read_json("sentinels_eos.json")["append_eos_after_trim"])
