@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from softprompt_dist.errors import ConfigError
+from softprompt_dist.errors import ConfigError, PromptFileError
 from softprompt_dist.parallel.verb import VerbParser, run_verb
 from softprompt_dist.run.options import tune_config
 
@@ -36,6 +36,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the verb; see `build_parser`."""
     options = build_parser().parse_args(argv)
     prompt_file = Path(options.prompt)
+    if not prompt_file.is_file():
+        raise PromptFileError(
+            f"Prompt file {prompt_file} does not exist. A run writes its best prompt to "
+            "RUN_DIRECTORY/prompt/best.safetensors."
+        )
     if options.recipe is None:
         options.recipe = _config_of_run(prompt_file)
     config, ds_config = tune_config(options)

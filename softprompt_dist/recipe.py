@@ -109,7 +109,7 @@ def _describe(kind: type[Section], error: Any) -> str:
     name = ".".join(location)
     if error["type"] == "extra_forbidden":
         valid = _keys(_section_at(kind, location[:-1]))
-        close = difflib.get_close_matches(location[-1], valid, n=1)
+        close = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.4)
         nearest = f" Did you mean {close[0]!r}?" if close else ""
         return f"Unknown key {name!r}.{nearest} Known keys here: {', '.join(valid)}."
     message = error["msg"].removeprefix("Value error, ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from softprompt_dist.run.metrics import wilson_interval
 
 __all__ = [
     "ScoreRow",
+    "difference_interval",
     "plot_learning_curve",
     "results_table",
     "verdicts",
@@ -52,10 +54,7 @@ def results_table(rows: Sequence[ScoreRow]) -> str:
 
 
 def verdicts(rows: Sequence[ScoreRow], subject: str = "tuned prompt") -> list[str]:
-    """One sentence for each other row: is `subject` above it, and beyond the 95 % intervals?
-
-    Intervals that do not touch are a stricter test than a paired one at the same level.
-    """
+    """One sentence for each other row: is `subject` above it, by how much, and beyond chance?"""
     judged = next(row for row in rows if row.name == subject)
     return [_verdict(judged, row) for row in rows if row is not judged]
 
@@ -96,20 +95,30 @@ def _table_line(cells: Sequence[str], widths: Sequence[int]) -> str:
     return "| " + " | ".join(aligned) + " |"
 
 
+def difference_interval(row: ScoreRow, other: ScoreRow) -> tuple[float, float]:
+    """95 % interval of the difference of two accuracies (Newcombe 1998, method 10).
+
+    For independent samples; rows scored on the same examples differ by less chance than that.
+    """
+    difference = row.accuracy - other.accuracy
+    (low, high), (other_low, other_high) = row.interval, other.interval
+    below = math.hypot(row.accuracy - low, other_high - other.accuracy)
+    above = math.hypot(high - row.accuracy, other.accuracy - other_low)
+    return difference - below, difference + above
+
+
 def _verdict(judged: ScoreRow, other: ScoreRow) -> str:
     difference = judged.accuracy - other.accuracy
-    (low, high), (other_low, other_high) = judged.interval, other.interval
-    apart = low > other_high or high < other_low
     relation = "above" if difference > 0 else "BELOW" if difference < 0 else "equal to"
     judged_text, other_text = (f"{row.name} ({row.accuracy:.3f})" for row in (judged, other))
     start = f"The {judged_text} is {relation} {other_text}"
     if difference == 0:
         return f"{start}."
-    if apart:
-        return f"{start} by {abs(difference):.3f}; the intervals do not overlap."
-    return (
-        f"{start} by {abs(difference):.3f}, but the intervals overlap: not beyond chance at this n."
-    )
+    low, high = difference_interval(judged, other)
+    if low <= 0 <= high:
+        return f"{start} by {abs(difference):.3f}, which may be chance at this n."
+    smallest, largest = sorted((abs(low), abs(high)))
+    return f"{start} by {abs(difference):.3f} (95 % interval {smallest:.3f} to {largest:.3f})."
 
 
 def _as_json(row: ScoreRow) -> Mapping[str, object]:

@@ -54,7 +54,7 @@ def test_a_command_of_the_readme_is_one_that_exists(command):
         assert re.search(rf"^{command[1]}:", makefile, flags=re.MULTILINE)
         return
     if command[0] == "pip":
-        assert command[1:] == ["install", "softprompt-dist"]
+        assert command[1:] == ["install", "."]
         return
     if command[0] == "deepspeed":
         module = command[command.index("-m") + 1]

@@ -7,6 +7,7 @@ from softprompt_dist.run.directory import RunDirectory
 from softprompt_dist.run.learning_curve import running_mean
 from softprompt_dist.run.report import (
     ScoreRow,
+    difference_interval,
     plot_learning_curve,
     results_table,
     verdicts,
@@ -42,19 +43,24 @@ def test_the_table_has_accuracy_interval_and_n():
 def test_the_verdict_says_above_below_or_within_chance():
     majority, bayes, untuned = verdicts(ROWS)
     assert majority == (
-        "The tuned prompt (0.920) is above majority class (0.510) by 0.410; "
-        "the intervals do not overlap."
+        "The tuned prompt (0.920) is above majority class (0.510) by 0.410 "
+        "(95 % interval 0.328 to 0.485)."
     )
-    assert bayes.endswith("above naive Bayes (0.820) by 0.100; the intervals do not overlap.")
+    assert "above naive Bayes (0.820) by 0.100 (95 % interval 0." in bayes
     assert untuned == "The tuned prompt (0.920) is equal to untuned prompt (0.920)."
 
 
 def test_a_score_within_chance_of_a_floor_is_not_called_a_win():
     rows = [ScoreRow("naive Bayes", 164, 200), ScoreRow("tuned prompt", 170, 200)]
-    assert "intervals overlap" in verdicts(rows)[0]
+    assert "may be chance" in verdicts(rows)[0]
     rows = [ScoreRow("naive Bayes", 164, 200), ScoreRow("tuned prompt", 120, 200)]
-    assert "is BELOW naive Bayes" in verdicts(rows)[0]
-    assert "do not overlap" in verdicts(rows)[0]
+    assert "is BELOW naive Bayes (0.820) by 0.220 (95 % interval 0." in verdicts(rows)[0]
+
+
+def test_the_interval_of_a_difference_is_that_of_the_literature():
+    # Newcombe 1998, table II: 56/70 against 48/80, method 10.
+    interval = difference_interval(ScoreRow("a", 56, 70), ScoreRow("b", 48, 80))
+    assert interval == pytest.approx((0.0524, 0.3339), abs=5e-5)
 
 
 def test_the_report_is_written_for_people_and_for_programs(tmp_path):

@@ -52,6 +52,7 @@ def write_json(path: Path, values: object) -> Path:
     ("override", "nearest"),
     [
         ("step=3", "Unknown key 'step'. Did you mean 'steps'?"),
+        ("prompt.lenght=3", "Unknown key 'prompt.lenght'. Did you mean 'prompt_length'?"),
         (
             "optimizer.learning_rat=0.1",
             "Unknown key 'optimizer.learning_rat'. Did you mean 'learning_rate'?",
