@@ -62,11 +62,10 @@ def initialise_prompt(  # noqa: PLR0913 - what the initialisers need, between th
             path = Path(str(config.file))
             return ranks.on_main(lambda: _from_file(path, shape, backbone_fingerprint))
         case "class_labels":
-            pieces = [encode(label) for label in labels]
-            pieces = _at_most(pieces, config.prompt_length, "class labels")
+            pieces = _at_most([encode(label) for label in labels], shape[0], "class labels")
         case "text":
-            pieces = [[piece] for piece in encode(str(config.text))]
-            pieces = _at_most(pieces, config.prompt_length, "pieces in prompt.text")
+            text_pieces = [[piece] for piece in encode(str(config.text))]
+            pieces = _at_most(text_pieces, shape[0], "pieces in prompt.text")
         case "sampled_vocabulary":
             pieces = []
     sampled_P = sample_pieces(
