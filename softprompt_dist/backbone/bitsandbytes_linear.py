@@ -2,9 +2,9 @@
 
 Axes: R output rows, C input columns, N tokens of a call; `...` any leading axes.
 
-bitsandbytes computes; what is kept is ours: its own layers keep their input for a gradient that a
-frozen weight does not have. Only the quantized weight stays. It is kept as integers and its scales
-as bytes, because a cast of the whole model (`model.bfloat16()`) would round floating-point buffers.
+bitsandbytes computes; what is kept is ours: its own 8-bit layer keeps the input, which a frozen
+weight has no use for. Only the quantized weight stays, as integers, and its scales as bytes: a cast
+of the whole model (`model.bfloat16()`) would round floating-point buffers.
 """
 
 from __future__ import annotations
