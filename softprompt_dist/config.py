@@ -24,13 +24,53 @@ class BackboneConfig(Section):
     revision: str | None = None
     """Hub revision; recorded in the run."""
     sharding: Literal["replicated", "zero3"] = "zero3"
-    """`--deepspeed_config` decides this where it is given."""
+    """zero3: each rank holds a part. `--deepspeed_config` decides this where it is given."""
+    shard_group: Literal["world", "node"] = "world"
+    """zero3 over all ranks, or within each node: then no weight crosses the network."""
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """fp16 is refused: T5's activations overflow in it."""
+    """Of activations and unquantized weights. fp16 is refused: T5's activations overflow in it."""
+    quantization: Literal["none", "int8", "llm_int8", "nf4"] = "none"
+    """int8: ours, weights only, replicated or zero3; llm_int8, nf4: bitsandbytes, replicated."""
+    quantized_layers: Literal["blocks", "blocks_without_wo"] = "blocks"
+    """All matrices of the layers, or all but the second feed-forward one (T5's `wo`)."""
+    outlier_threshold: Annotated[float, Field(ge=0.0)] = 6.0
+    """llm_int8: input columns with a greater magnitude are not quantized; 0: all are."""
+    offload: Literal["none", "cpu", "nvme"] = "none"
+    """zero3: where the parts lie. A ds_config's `offload_param` decides this where given."""
+    offload_path: str | None = None
+    """For `offload: nvme`: a folder on a local disk."""
+    activation_checkpointing: Annotated[str, Field(pattern=r"^(none|full|every_[1-9]\d*)$")] = (
+        "none"
+    )
+    """full: keep only each layer's input and compute it again; every_N: in each N-th layer."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Dropout inside the frozen model while tuning; the paper's code has 0.1 in effect."""
     max_input_tokens: Positive = 512
     """Longer inputs are cut, counted and reported."""
+
+    @model_validator(mode="after")
+    def _check_cell(self) -> BackboneConfig:
+        if self.quantization in ("llm_int8", "nf4") and self.sharding == "zero3":
+            raise ValueError(
+                f"quantization is {self.quantization!r}, which bitsandbytes holds whole on every "
+                "rank, and sharding is 'zero3'. Set quantization=int8, or sharding=replicated."
+            )
+        if self.offload != "none" and self.sharding != "zero3":
+            raise ValueError(
+                f"offload is {self.offload!r}, which moves the parts of a sharded backbone, and "
+                "sharding is 'replicated'. Set sharding=zero3, or offload=none."
+            )
+        if self.shard_group == "node" and self.sharding != "zero3":
+            raise ValueError(
+                "shard_group is 'node', but sharding is 'replicated'. Set sharding=zero3, or leave "
+                "shard_group out."
+            )
+        if (self.offload == "nvme") != (self.offload_path is not None):
+            raise ValueError(
+                f"offload is {self.offload!r} and offload_path is {self.offload_path!r}; a path "
+                "goes with nvme, and with nothing else."
+            )
+        return self
 
 
 class SourceConfig(Section):

@@ -9,13 +9,26 @@ that start there.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from softprompt_dist.backbone.embedding import FrozenEmbedding
+from softprompt_dist.backbone.flat_weights import FrozenBlock
+from softprompt_dist.backbone.traffic import Traffic
 from softprompt_dist.data.batching import Family, TokenBatch
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a backbone is, however it is held."""
+
+    path: str
+    fingerprint: str
+    """Of the weights; the same in every precision and under any sharding."""
 
 
 class Backbone(nn.Module):
@@ -23,41 +36,52 @@ class Backbone(nn.Module):
 
     family: Family
 
-    def __init__(self, model: nn.Module, *, fingerprint: str = "", path: str = "") -> None:
+    def __init__(
+        self, model: nn.Module, embedding: FrozenEmbedding, config: Any, identity: Identity
+    ) -> None:
         super().__init__()
-        self.model = model.requires_grad_(False)
-        self.fingerprint = fingerprint
-        """Identity of the weights, the same in fp32 and bf16 and under any sharding."""
-        self.path = path
+        self.model = model
+        self.embedding = embedding
+        self.config = config
+        """The model's Hugging Face config."""
+        self.identity = identity
+        self.traffic = Traffic()
+        """What this rank has received to bring sharded weights in."""
+        self.engine_config: dict[str, Any] | None = None
+        """What DeepSpeed is given, for a sharded backbone."""
         # In a list, so that the engine (itself a module that holds this one) is not registered as a
         # child; kept, because a collected engine removes its hooks.
-        self._engines: list[Any] = []
+        self.engines: list[Any] = []
 
     @property
-    def config(self) -> Any:
-        """The model's Hugging Face config."""
-        return self.model.config
+    def fingerprint(self) -> str:
+        """See `Identity`."""
+        return self.identity.fingerprint
+
+    @property
+    def path(self) -> str:
+        """Where the recipe says that it comes from."""
+        return self.identity.path
 
     @property
     def d_model(self) -> int:
         """D, the width of the embeddings."""
-        return int(getattr(self.config, "d_model", None) or self.config.hidden_size)
+        return int(self.embedding.table_VD.shape[1])
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of rows of the embedding table."""
+        return int(self.embedding.table_VD.shape[0])
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights, and so of the activations."""
-        return next(self.model.parameters()).dtype
+        """Of the activations."""
+        return self.embedding.dtype
 
     @property
     def max_positions(self) -> int | None:
         """Most positions that prompt, input and target may take together; None for no limit."""
         return None
-
-    @property
-    def vocabulary_size(self) -> int:
-        """Number of rows of the embedding table."""
-        table = self.model.get_input_embeddings().weight  # type: ignore[operator]
-        return int(getattr(table, "ds_shape", table.shape)[0])
 
     def forward(self, prompt_BPD: Tensor, batch: TokenBatch) -> Tensor:
         """Logits of the target tokens given prompt and input.
@@ -65,47 +89,46 @@ class Backbone(nn.Module):
         Returns:
             logits_BTV in the backbone's dtype; position t predicts `batch.target_ids_BT[:, t]`.
         """
-        embeds_BSD = self.model.get_input_embeddings()(batch.input_ids_BS)  # type: ignore[operator]
+        embeds_BSD = self.embedding(batch.input_ids_BS)
         return self._logits(prompt_BPD.to(embeds_BSD.dtype), embeds_BSD, batch)
 
     def _logits(self, prompt_BPD: Tensor, embeds_BSD: Tensor, batch: TokenBatch) -> Tensor:
         raise AssertionError("a Backbone is a Seq2SeqBackbone or a CausalBackbone")
 
-    def shard(self, engine_config: dict[str, Any]) -> None:
-        """All ranks: partition the weights with DeepSpeed ZeRO-3, each rank keeping its part.
+    def install_hooks(self) -> None:
+        """All ranks: have DeepSpeed bring each sharded block in and out around its use."""
+        from softprompt_dist.backbone.sharding import install_hooks
 
-        No optimizer is handed over: DeepSpeed then installs the gather hooks and nothing else.
-        """
-        import deepspeed  # not before `join_world` has set what it reads at import
-
-        # One weight at a time: `initialize` alone would first move the whole model to the device.
-        deepspeed.zero.Init(module=self, config_dict_or_path=engine_config)
-        engine, *_ = deepspeed.initialize(model=self, config=engine_config)
-        self._engines.append(engine)
+        assert self.engine_config is not None, "the weights are not sharded"
+        self.engines.append(install_hooks(self, self.engine_config))
 
     @property
     def sharded(self) -> bool:
         """Whether the weights are partitioned over the ranks."""
-        return bool(self._engines)
+        return bool(self.engines)
 
-    @torch.no_grad()
+    def blocks(self) -> Iterator[FrozenBlock]:
+        """The parts that are brought in and let go as a whole."""
+        return (m for m in self.model.modules() if isinstance(m, FrozenBlock))
+
+    def held_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and value of all weights that this rank holds; under ZeRO-3 its parts."""
+        for name, parameter in self.named_parameters():
+            yield name, getattr(parameter, "ds_tensor", parameter).detach()
+        yield from self.model.named_buffers()
+        for name, module in self.model.named_modules():
+            if isinstance(module, FrozenBlock):
+                for inner, buffer in module.hidden_buffers():
+                    yield f"{name}.{inner}", buffer
+
     def embed(self, ids_N: Tensor) -> Tensor:
-        """All ranks: rows of the embedding table, [N, D] in fp32."""
-        table = self.model.get_input_embeddings().weight  # type: ignore[operator]
-        with self._gathered(table):
-            return table[ids_N.to(table.device)].float()
+        """Rows of the embedding table, [N, D] in fp32."""
+        return self.embedding.rows(ids_N).float()
 
     def release(self) -> None:
-        """Drop what a backward pass left gathered (DeepSpeed keeps the shared embedding)."""
-        for engine in self._engines:
+        """Drop what a backward pass left gathered."""
+        for engine in self.engines:
             engine.optimizer.release_backward_leftovers()
-
-    def _gathered(self, parameter: nn.Parameter) -> AbstractContextManager[Any]:
-        if not self.sharded:
-            return nullcontext()
-        import deepspeed
-
-        return deepspeed.zero.GatheredParameters([parameter])
 
 
 class Seq2SeqBackbone(Backbone):
@@ -116,12 +139,12 @@ class Seq2SeqBackbone(Backbone):
     def _logits(self, prompt_BPD: Tensor, embeds_BSD: Tensor, batch: TokenBatch) -> Tensor:
         decoder_ids_BT = torch.full_like(batch.target_ids_BT, self.config.decoder_start_token_id)
         decoder_ids_BT[:, 1:] = batch.target_ids_BT[:, :-1]
-        return self.model(
-            inputs_embeds=torch.cat([prompt_BPD, embeds_BSD], dim=1),
-            attention_mask=_with_prompt(prompt_BPD, batch.input_mask_BS),
-            decoder_input_ids=decoder_ids_BT,
-            use_cache=False,
-        ).logits
+        logits_BTV: Tensor = self.model(
+            torch.cat([prompt_BPD, embeds_BSD], dim=1),
+            _with_prompt(prompt_BPD, batch.input_mask_BS),
+            self.embedding(decoder_ids_BT),
+        )
+        return logits_BTV
 
 
 class CausalBackbone(Backbone):
@@ -140,13 +163,14 @@ class CausalBackbone(Backbone):
         return next((int(n) for name in names if (n := getattr(self.config, name, None))), None)
 
     def _logits(self, prompt_BPD: Tensor, embeds_BSD: Tensor, batch: TokenBatch) -> Tensor:
-        embeds_BTD = self.model.get_input_embeddings()(batch.target_ids_BT)  # type: ignore[operator]
         mask = torch.cat(
             [_with_prompt(prompt_BPD, batch.input_mask_BS), batch.target_mask_BT], dim=1
         ).long()
         num_targets = batch.target_ids_BT.shape[1]
-        logits = self.model(
-            inputs_embeds=torch.cat([prompt_BPD, embeds_BSD, embeds_BTD], dim=1),
+        logits: Tensor = self.model(
+            inputs_embeds=torch.cat(
+                [prompt_BPD, embeds_BSD, self.embedding(batch.target_ids_BT)], dim=1
+            ),
             attention_mask=mask,
             position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
             use_cache=False,

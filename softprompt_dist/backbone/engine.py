@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from softprompt_dist.config import BackboneConfig
 from softprompt_dist.errors import ConfigError
 
+OWN_SECTION = "softprompt"
+"""Settings in a ds_config that are ours, not DeepSpeed's."""
+_OWN_KEYS = (
+    "quantization",
+    "quantized_layers",
+    "outlier_threshold",
+    "shard_group",
+    "activation_checkpointing",
+)
 _BELONGS_TO_RECIPE = {
     "train_batch_size": "batch.global_batch_size",
     "train_micro_batch_size_per_gpu": "batch.micro_batch_size",
@@ -18,7 +30,9 @@ _BELONGS_TO_RECIPE = {
     "scheduler": "optimizer.warmup_steps",
     "gradient_clipping": "optimizer.clipping_threshold",
 }
-_SECTIONS = ("zero_optimization", "bf16", "fp16")
+_SECTIONS = ("zero_optimization", "bf16", "fp16", OWN_SECTION)
+_NVME_BUFFERS = 4
+"""Blocks whose parts are on their way from the disk at a time."""
 
 
 def read_engine_config(path: str | Path) -> dict[str, Any]:
@@ -41,21 +55,71 @@ def read_engine_config(path: str | Path) -> dict[str, Any]:
 
 
 def apply_engine_config(backbone: BackboneConfig, values: dict[str, Any]) -> BackboneConfig:
-    """The backbone section with sharding and dtype as the ds_config has them."""
+    """The backbone section with the cell as the ds_config has it.
+
+    Raises:
+        ConfigError: a combination that does not exist.
+    """
     changes: dict[str, Any] = {"sharding": "zero3" if _stage(values) == 3 else "replicated"}
     if "bf16" in values:
         changes["dtype"] = "bf16" if values["bf16"].get("enabled") else "fp32"
-    return backbone.model_copy(update=changes)
+    offload = values.get("zero_optimization", {}).get("offload_param")
+    if offload is not None:
+        changes["offload"] = offload.get("device", "cpu")
+        changes["offload_path"] = offload.get("nvme_path")
+    changes |= values.get(OWN_SECTION, {})
+    try:
+        return BackboneConfig.model_validate(backbone.model_dump() | changes)
+    except ValidationError as error:
+        reasons = [str(e["msg"]).removeprefix("Value error, ") for e in error.errors()]
+        raise ConfigError("ds_config and recipe together: " + " ".join(reasons)) from error
 
 
-def engine_config(backbone: BackboneConfig, values: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What `deepspeed.initialize` is given for a sharded backbone."""
-    base: dict[str, Any] = {"zero_optimization": {"stage": 3}} if values is None else dict(values)
+def engine_config(
+    backbone: BackboneConfig, values: dict[str, Any] | None, *, largest_part: int, head_bytes: int
+) -> dict[str, Any]:
+    """What DeepSpeed is given for a sharded backbone: the ds_config, completed.
+
+    Args:
+        backbone: the recipe's section.
+        values: the ds_config, or None.
+        largest_part: bytes of the largest part that a rank holds of a block.
+        head_bytes: size of the head.
+    """
+    base = {} if values is None else {k: v for k, v in values.items() if k != OWN_SECTION}
+    ours: dict[str, Any] = {
+        "stage": 3,
+        # A parameter is a whole block: one more than the current one is on its way.
+        "stage3_prefetch_bucket_size": 1,
+        "stage3_param_persistence_threshold": 0,
+        # The last block stays while the head is used, since the backward pass begins with both.
+        "stage3_max_reuse_distance": 2 * head_bytes + 1,
+        # Our layers keep no input and no gathered copy, which this switch is for.
+        "memory_efficient_linear": False,
+    }
+    if backbone.offload != "none":
+        ours["offload_param"] = _offload(backbone, largest_part)
+    given = base.get("zero_optimization", {})
+    offload = ours.get("offload_param", {}) | given.get("offload_param", {})
+    zero = ours | given | ({"offload_param": offload} if offload else {})
+    # Parameters are bytes, so DeepSpeed has nothing to cast; batches never pass through it.
     return {
         **base,
-        # The engine runs no batches of its own: rows reach the module directly.
+        "zero_optimization": zero,
         "train_micro_batch_size_per_gpu": 1,
-        "bf16": {"enabled": backbone.dtype == "bf16"},
+        "bf16": {"enabled": False},
+    }
+
+
+def _offload(backbone: BackboneConfig, largest_part: int) -> dict[str, Any]:
+    if backbone.offload == "cpu":
+        return {"device": "cpu", "pin_memory": True}
+    return {
+        "device": "nvme",
+        "nvme_path": backbone.offload_path,
+        "pin_memory": True,
+        "buffer_count": _NVME_BUFFERS,
+        "buffer_size": largest_part,
     }
 
 
@@ -75,9 +139,14 @@ def _misplaced(values: dict[str, Any]) -> list[str]:
     ]
     problems += [
         f'sets {name} to "auto", which only the Hugging Face Trainer fills in. Remove it: '
-        "DeepSpeed has a default."
+        "it is worked out from the model."
         for name in _automatic(values)
         if name not in _BELONGS_TO_RECIPE
+    ]
+    problems += [
+        f"sets {OWN_SECTION}.{key}, which is unknown.{_nearest(key)}"
+        for key in values.get(OWN_SECTION, {})
+        if key not in _OWN_KEYS
     ]
     if values.get("fp16", {}).get("enabled"):
         problems.append("enables fp16, in which T5 overflows. Use bf16.")
@@ -87,6 +156,12 @@ def _misplaced(values: dict[str, Any]) -> list[str]:
             "that a frozen backbone does not have. Use 3 (sharded) or 0 (replicated)."
         )
     return problems
+
+
+def _nearest(key: str) -> str:
+    close = difflib.get_close_matches(key, _OWN_KEYS, n=1)
+    known = f" Known: {', '.join(_OWN_KEYS)}."
+    return (f" Did you mean {close[0]!r}?" if close else "") + known
 
 
 def _automatic(values: dict[str, Any], prefix: str = "") -> Iterator[str]:

@@ -3,50 +3,74 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from softprompt_dist.backbone.base import Backbone
+from softprompt_dist.backbone.checkpoint_reader import CheckpointReader
 from softprompt_dist.errors import InvariantError
 from softprompt_dist.parallel import ranks
 
-_SAMPLES_PER_TENSOR = 4096
+IDENTITY_KEY = "softprompt_identity"
+"""In the header of a converted checkpoint: the identity of what it was made from."""
+_SAMPLED_PLACES = 4
+_SAMPLE_ELEMENTS = 1024
 
 
-def identity(model: nn.Module) -> str:
-    """Fingerprint of an unsharded model: names, shapes and a sample of every tensor.
+def fingerprint(reader: CheckpointReader, stored_names: Mapping[str, str]) -> str:
+    """Fingerprint of a checkpoint: names, shapes and four samples of every tensor.
 
-    Values are rounded to bf16 first, so a model read in fp32 and in bf16 has the same identity.
+    Values are rounded to bf16 first, so that a checkpoint and its bf16 copy have the same identity;
+    an int8 copy carries that of its source.
+
+    Args:
+        reader: the checkpoint.
+        stored_names: name in the model -> name in the checkpoint.
 
     Returns:
         32 hexadecimal digits.
     """
+    if IDENTITY_KEY in reader.metadata:
+        return reader.metadata[IDENTITY_KEY]
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // _SAMPLES_PER_TENSOR)].to(torch.bfloat16)
-        digest.update(sample.contiguous().view(torch.int16).cpu().numpy().tobytes())
+    for name, stored in sorted(stored_names.items()):
+        digest.update(f"{name}{reader.shapes[stored]}".encode())
+        for sample in _samples(reader, stored):
+            rounded = sample.to(torch.bfloat16).contiguous().view(torch.int16)
+            digest.update(rounded.numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
+def _samples(reader: CheckpointReader, name: str) -> Iterable[Tensor]:
+    num_rows, *rest = (*reader.shapes[name], 1)
+    num_columns = 1
+    for size in rest:
+        num_columns *= size
+    rows_each = -(-_SAMPLE_ELEMENTS // max(1, num_columns))
+    for place in range(_SAMPLED_PLACES):
+        first = num_rows * place // _SAMPLED_PLACES
+        values_RC = reader.rows(name, first, min(num_rows, first + rows_each))
+        yield values_RC.reshape(-1)[:_SAMPLE_ELEMENTS]
+
+
 @torch.no_grad()
-def local_checksum(model: nn.Module) -> str:
-    """Checksum over every bit of the weights that this rank holds (its shards under ZeRO-3)."""
+def local_checksum(backbone: Backbone) -> str:
+    """Checksum over every bit of the weights that this rank holds (its parts under ZeRO-3)."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        held: Tensor = getattr(parameter, "ds_tensor", parameter).detach()
+    for name, held in sorted(backbone.held_tensors()):
         digest.update(f"{name}{_sums_of_bits(held)}".encode())
     return digest.hexdigest()
 
 
-def assert_unchanged(model: nn.Module, checksum_before: str) -> None:
+def assert_unchanged(backbone: Backbone, checksum_before: str) -> None:
     """All ranks: the weights that each rank holds are those it held at `checksum_before`.
 
     Raises:
         InvariantError: on all ranks, if a weight moved on any.
     """
-    moved = local_checksum(model) != checksum_before
+    moved = local_checksum(backbone) != checksum_before
     where = [rank for rank, changed in enumerate(ranks.gather_objects(moved)) if changed]
     if where:
         raise InvariantError(
@@ -57,9 +81,12 @@ def assert_unchanged(model: nn.Module, checksum_before: str) -> None:
 
 def _sums_of_bits(tensor: Tensor) -> tuple[int, int]:
     """A plain and a position-weighted sum of the bits, exact in wrapping int64."""
+    flat = tensor.contiguous().view(-1)
     width = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    if width == torch.int8 and flat.numel() % 8 == 0 and flat.data_ptr() % 8 == 0:
+        width = torch.int64
     plain = weighted = 0
-    for start, chunk in enumerate(tensor.contiguous().view(-1).view(width).split(1 << 24)):
+    for start, chunk in enumerate(flat.view(width).split(1 << 22)):
         values = chunk.to(torch.int64)
         positions = torch.arange(1, values.numel() + 1, device=values.device)
         plain += int(values.sum())

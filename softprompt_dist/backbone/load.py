@@ -1,32 +1,26 @@
-"""From a recipe's backbone section to a frozen backbone, replicated or sharded."""
+"""From a recipe's backbone section to a frozen backbone, in whichever cell of the table."""
 
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from softprompt_dist.backbone.base import Backbone, CausalBackbone, Seq2SeqBackbone
-from softprompt_dist.backbone.checkpoint_tensors import assert_all_arrived
+from softprompt_dist.backbone.arrival import assert_all_arrived
+from softprompt_dist.backbone.base import Backbone, Identity
+from softprompt_dist.backbone.checkpoint_reader import CheckpointReader
 from softprompt_dist.backbone.demo import resolve_backbone
-from softprompt_dist.backbone.engine import engine_config
-from softprompt_dist.backbone.fingerprint import identity
+from softprompt_dist.backbone.embedding import FrozenEmbedding
+from softprompt_dist.backbone.filling import embedding_of, fill, identity_of
+from softprompt_dist.backbone.inventory import Inventory, take_inventory
+from softprompt_dist.backbone.skeleton import build_skeleton
 from softprompt_dist.config import BackboneConfig
 from softprompt_dist.errors import BackboneError
 from softprompt_dist.parallel import ranks
+from softprompt_dist.parallel.groups import shard_group
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _DROPOUT_NAMES = (
     "dropout_rate",
     "dropout",
@@ -41,7 +35,6 @@ _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _PICKLED_WEIGHTS = ("*.bin", "*.bin.index.json")
 _TOKENIZER_AND_CONFIG = ("*.json", "*.model", "*.txt")
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*")
-_UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError)
 
 
 def locate_backbone(config: BackboneConfig) -> Path:
@@ -74,18 +67,46 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def load_backbone(config: BackboneConfig, ds_config: dict[str, Any] | None = None) -> Backbone:
-    """All ranks: read the frozen model whole, prove that it is, then shard or move it.
+    """All ranks: each reads its part of every tensor; then all prove together that none is missing.
+
+    Raises:
+        BackboneError: unreadable, incomplete or unsupported checkpoint.
+        MachineError: `shard_group: node` on nodes that cannot be told apart.
+    """
+    folder = locate_backbone(config)
+    inventory = ranks.together(lambda: inventory_of(folder, config))
+    group = shard_group(config.shard_group) if config.sharding == "zero3" else None
+    # No collective while reading: a rank that meets a damaged file leaves no other waiting.
+    backbone = ranks.together(lambda: fill(inventory, config, ds_config, group))
+    assert_all_arrived(backbone, inventory)
+    inventory.reader.close()
+    if config.sharding == "zero3":
+        backbone.install_hooks()
+    return backbone.train(config.dropout > 0)
+
+
+def load_embedding(config: BackboneConfig) -> tuple[FrozenEmbedding, Identity]:
+    """The embedding table alone, and whose it is; no other weight is read.
 
     Raises:
         BackboneError: unreadable, incomplete or unsupported checkpoint.
     """
-    folder = locate_backbone(config)
-    backbone = ranks.together(lambda: _read(folder, config))
-    if config.sharding == "zero3":
-        backbone.shard(engine_config(config, ds_config))
-    else:
-        backbone.to(ranks.device())
-    return backbone.train(config.dropout > 0)
+    inventory = inventory_of(locate_backbone(config), config)
+    return embedding_of(inventory, config), identity_of(inventory, config)
+
+
+def inventory_of(folder: Path, config: BackboneConfig) -> Inventory:
+    """The model without weights, and which stored tensor belongs where in it.
+
+    Raises:
+        BackboneError: unreadable, incomplete or unsupported checkpoint.
+    """
+    reader = CheckpointReader(folder)
+    model_config = _model_config(folder, config)
+    skeleton = build_skeleton(model_config)
+    if model_config.is_encoder_decoder and model_config.decoder_start_token_id is None:
+        raise BackboneError(f"{folder}/config.json needs decoder_start_token_id (0 for T5).")
+    return take_inventory(skeleton, reader, model_config)
 
 
 def _locate(config: BackboneConfig) -> Path:
@@ -122,7 +143,7 @@ def _from_hub(config: BackboneConfig) -> Path:
     return folder
 
 
-def _read(folder: Path, config: BackboneConfig) -> Backbone:
+def _model_config(folder: Path, config: BackboneConfig) -> Any:
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if "auto_map" in raw:
@@ -130,31 +151,9 @@ def _read(folder: Path, config: BackboneConfig) -> Backbone:
                 f"{folder}/config.json asks for code of its own (auto_map), which is never run."
             )
         model_config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
-        for name in _DROPOUT_NAMES:
-            if hasattr(model_config, name):
-                setattr(model_config, name, config.dropout)
-        seq2seq = model_config.is_encoder_decoder
-        family = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
-        model = family.from_pretrained(
-            str(folder), config=model_config, dtype=_DTYPES[config.dtype], local_files_only=True
-        )
-    except pickle.UnpicklingError as error:
-        # Its own words advise to run whatever the file holds.
-        raise BackboneError(
-            f"Cannot load backbone {folder}: pytorch_model.bin is damaged or holds more than "
-            "tensors (code in it is never run). Fetch it again, or use a safetensors checkpoint."
-        ) from error
-    except _UNREADABLE as error:
-        reason = str(error) or "a file is empty or cut short"
-        raise BackboneError(f"Cannot load backbone {folder}: {reason}") from error
-    if seq2seq and model_config.decoder_start_token_id is None:
-        raise BackboneError(f"{folder}/config.json needs decoder_start_token_id (0 for T5).")
-    assert_all_arrived(model, folder, tied_head=not _has_own_head(raw))
-    shape = Seq2SeqBackbone if seq2seq else CausalBackbone
-    return shape(model, fingerprint=identity(model), path=config.path)
-
-
-def _has_own_head(raw: dict[str, Any]) -> bool:
-    """Whether config.json promises a head that is not the embedding."""
-    # transformers 5 writes tie_word_embeddings true for every T5; v1.1 is known by the second key.
-    return raw.get("tie_word_embeddings") is False or raw.get("scale_decoder_outputs") is False
+    except (OSError, ValueError, KeyError) as error:
+        raise BackboneError(f"Cannot load backbone {folder}: {error}") from error
+    for name in _DROPOUT_NAMES:
+        if hasattr(model_config, name):
+            setattr(model_config, name, config.dropout)
+    return model_config

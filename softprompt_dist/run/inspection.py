@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from softprompt_dist.backbone.load import load_backbone, load_tokenizer, locate_backbone
+from softprompt_dist.backbone.load import load_embedding, load_tokenizer, locate_backbone
 from softprompt_dist.config import BackboneConfig
 from softprompt_dist.errors import ConfigError, PromptFileError
 from softprompt_dist.parallel import ranks
@@ -50,16 +50,16 @@ def describe_neighbours(
         )
     config = BackboneConfig(path=backbone_path, sharding="replicated")
     tokenizer = load_tokenizer(locate_backbone(config))
-    backbone = load_backbone(config)
-    prompt_PD, _ = load_prompt(path, backbone_fingerprint=backbone.fingerprint, force=force)
-    if prompt_PD.shape[1] != backbone.d_model:
+    embedding, identity = load_embedding(config)
+    prompt_PD, _ = load_prompt(path, backbone_fingerprint=identity.fingerprint, force=force)
+    if prompt_PD.shape[1] != embedding.table_VD.shape[1]:
         raise PromptFileError(
             f"{path} has rows of width {prompt_PD.shape[1]}, but {backbone_path} has width "
-            f"{backbone.d_model}. Use the backbone it was tuned for."
+            f"{embedding.table_VD.shape[1]}. Use the backbone it was tuned for."
         )
     # Tables are padded beyond the vocabulary; those rows are no pieces.
-    num_pieces = min(len(tokenizer), backbone.vocabulary_size)
-    table_VD = backbone.embed(torch.arange(num_pieces)).cpu()
+    num_pieces = min(len(tokenizer), len(embedding.table_VD))
+    table_VD = embedding.rows(torch.arange(num_pieces)).cpu().float()
     nearest = nearest_pieces(prompt_PD[:num_rows], table_VD, num_neighbours)
     rows = zip(nearest.ids_PK.tolist(), nearest.cosines_PK.tolist(), strict=True)
     return [

@@ -1,0 +1,239 @@
+"""The tensors of a Hugging Face checkpoint folder, read by ranges of rows and never whole.
+
+Axes: R rows, C columns (all but the first axis, flattened).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from softprompt_dist.backbone.formats import Int8Rows
+from softprompt_dist.errors import BackboneError
+
+T = TypeVar("T")
+
+SCALE_SUFFIX = "_scale"
+"""Behind the name of an int8 tensor: its rows' scales, fp32 (as `softprompt convert` writes)."""
+_REOPEN_BYTES = 256 * 2**20
+"""Mapped pages count as this process's memory; closing a file gives them back."""
+_UNREADABLE = (SafetensorError, OSError, RuntimeError, EOFError, KeyError, ValueError)
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """Weight files of a folder: safetensors (one or sharded), else PyTorch `.bin`.
+
+    Raises:
+        BackboneError: none there, or a shard that the index names is missing.
+    """
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index = folder / f"{stem}.{suffix}.index.json"
+        if index.is_file():
+            names = sorted(set(_weight_map(index).values()))
+            missing = [name for name in names if not (folder / name).is_file()]
+            if missing:
+                raise BackboneError(
+                    f"Backbone {folder} lacks {missing}, which {index.name} names. Fetch the "
+                    "missing files again."
+                )
+            return [folder / name for name in names]
+        if (folder / f"{stem}.{suffix}").is_file():
+            return [folder / f"{stem}.{suffix}"]
+    raise BackboneError(
+        f"Backbone {folder} holds neither model.safetensors nor pytorch_model.bin (nor an index of "
+        "shards). Point backbone.path at a Hugging Face checkpoint folder."
+    )
+
+
+class CheckpointReader:
+    """Rows of a folder's tensors, from memory-mapped files.
+
+    int8 tensors with a `_scale` beside them come back as the floating-point rows they stand for.
+
+    Raises:
+        BackboneError: a file is missing, truncated, or not of its kind.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files = [_open(path) for path in checkpoint_files(folder)]
+        self._file_of = {name: file for file in self._files for name in file.shapes}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every tensor but the scales."""
+        return {
+            name: file.shapes[name] for name, file in self._file_of.items() if not _is_scale(name)
+        }
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the first file's header says besides the tensors."""
+        return self._files[0].metadata
+
+    def dtype(self, name: str) -> torch.dtype:
+        """As stored."""
+        return self._file_of[name].rows(name, 0, 1).dtype
+
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        """values_RC: rows `first` to `last` (exclusive), in the stored floating-point type."""
+        stored = self._stored(name, first, last)
+        if not self.is_quantized(name):
+            return stored
+        return stored.float() * self._stored(name + SCALE_SUFFIX, first, last)
+
+    def encoded_int8(self, name: str, first: int, last: int) -> Tensor:
+        """The rows as `Int8Rows` bytes, without a detour where they are stored as int8."""
+        if not self.is_quantized(name):
+            return Int8Rows().encode(self._stored(name, first, last))
+        scale_R1 = self._stored(name + SCALE_SUFFIX, first, last)
+        return Int8Rows.join(self._stored(name, first, last), scale_R1[:, 0])
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether the tensor is stored as int8 rows with scales."""
+        return name + SCALE_SUFFIX in self._file_of
+
+    def tensor(self, name: str) -> Tensor:
+        """The whole tensor, in its shape."""
+        shape = self.shapes[name]
+        num_rows = shape[0] if shape else 1
+        return self.rows(name, 0, num_rows).reshape(shape)
+
+    def mapped_table(self, name: str) -> Tensor:
+        """The whole tensor [R, C] as a view of the mapped file: read where it is looked at."""
+        return self._file_of[name].mapped(name)
+
+    def close(self) -> None:
+        """Give the mapped pages back."""
+        for file in self._files:
+            file.close()
+
+    def _stored(self, name: str, first: int, last: int) -> Tensor:
+        return self._file_of[name].rows(name, first, last)
+
+
+class _File:
+    """One weight file, opened again from time to time so that its pages do not pile up."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    metadata: dict[str, str]
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._mapped: Any = None
+        self._bytes_read = 0
+
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        """A view [R, C] of rows of a tensor."""
+        if self._bytes_read > _REOPEN_BYTES:
+            self.close()
+        rows = self._guarded(lambda: self._slice(name, first, last))
+        self._bytes_read += rows.numel() * rows.element_size()
+        return rows.reshape(last - first, -1)
+
+    def mapped(self, name: str) -> Tensor:
+        """A view of a whole tensor that stays valid when this file is closed."""
+        self.close()
+        table = self._guarded(lambda: self._slice(name, 0, self.shapes[name][0]))
+        self.close()
+        return table
+
+    def close(self) -> None:
+        """Unmap; the next read maps again."""
+        self._mapped = None
+        self._bytes_read = 0
+
+    def _slice(self, name: str, first: int, last: int) -> Tensor:
+        raise NotImplementedError
+
+    def _guarded(self, read: Callable[[], T]) -> T:
+        try:
+            return read()
+        except _UNREADABLE as error:
+            reason = (str(error) or "it is empty or cut short").splitlines()[0]
+            raise BackboneError(
+                f"Cannot read {self.path}: {reason} The file is damaged or incomplete; fetch it "
+                "again."
+            ) from error
+
+
+class _SafetensorsFile(_File):
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.shapes, self.metadata = self._guarded(self._header)
+
+    def _header(self) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+        with safe_open(self.path, framework="pt") as file:
+            shapes = {n: tuple(file.get_slice(n).get_shape()) for n in file.keys()}  # noqa: SIM118
+            return shapes, file.metadata() or {}
+
+    def _slice(self, name: str, first: int, last: int) -> Tensor:
+        if self._mapped is None:
+            self._mapped = safe_open(self.path, framework="pt")
+        if not self.shapes[name]:
+            return self._mapped.get_tensor(name).reshape(1)
+        return self._mapped.get_slice(name)[first:last]
+
+
+class _PickledFile(_File):
+    """A `.bin`, read with `weights_only`: code in it is never run."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.metadata = {}
+        tensors = self._guarded(self._load)
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+    def _load(self) -> dict[str, Tensor]:
+        if self._mapped is None:
+            stored = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
+            if not isinstance(stored, dict):
+                raise ValueError("it holds no dictionary of tensors.")
+            self._mapped = {n: t for n, t in stored.items() if isinstance(t, Tensor)}
+        tensors: dict[str, Tensor] = self._mapped
+        return tensors
+
+    def _slice(self, name: str, first: int, last: int) -> Tensor:
+        tensor = self._load()[name]
+        return tensor[first:last] if tensor.dim() else tensor.reshape(1)
+
+    def _guarded(self, read: Callable[[], T]) -> T:
+        import pickle
+
+        try:
+            return super()._guarded(read)
+        except pickle.UnpicklingError as error:
+            # Its own words advise to run whatever the file holds.
+            raise BackboneError(
+                f"Cannot read {self.path}: it is damaged or holds more than tensors (code in it is "
+                "never run). Fetch it again, or use a safetensors checkpoint."
+            ) from error
+
+
+def checkpoint_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of every stored tensor, one in memory at a time."""
+    reader = CheckpointReader(folder)
+    for name in reader.shapes:
+        yield name, reader.tensor(name)
+
+
+def _open(path: Path) -> _File:
+    return _SafetensorsFile(path) if path.suffix == ".safetensors" else _PickledFile(path)
+
+
+def _is_scale(name: str) -> bool:
+    return name.endswith(".weight" + SCALE_SUFFIX)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        names: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError) as error:
+        raise BackboneError(f"Cannot read {index}: {error}. Fetch the file again.") from error
+    return names

@@ -1,0 +1,39 @@
+"""Rows of a frozen embedding table.  Axes: V vocabulary, D model width; `...` any leading axes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class FrozenEmbedding(nn.Module):
+    """Looks tokens up where the table lies, and brings only their rows to the device.
+
+    Under ZeRO-3 the table stays in the memory-mapped checkpoint: gathering it (263 MB for T5-XXL)
+    to read a few hundred rows would cost more than any layer.
+    """
+
+    def __init__(self, table_VD: Tensor, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._table_VD = table_VD
+        self._device = device
+        self._dtype = dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what `forward` gives."""
+        return self._dtype
+
+    @property
+    def table_VD(self) -> Tensor:  # noqa: N802
+        """The table, in its stored type, where it lies."""
+        return self._table_VD
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Rows of the tokens `ids` [...]: [..., D] on the device, in the backbone's type."""
+        return self.rows(ids).to(self._dtype)
+
+    @torch.no_grad()
+    def rows(self, ids: Tensor) -> Tensor:
+        """As `forward`, in the table's type."""
+        return self._table_VD[ids.to(self._table_VD.device)].to(self._device)

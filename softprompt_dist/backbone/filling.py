@@ -1,0 +1,189 @@
+"""Weights into a skeleton: each rank reads the rows it will hold, and no other.
+
+Axes: R rows, C columns, N bytes of a row, V vocabulary, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from softprompt_dist.backbone.base import Backbone, CausalBackbone, Identity, Seq2SeqBackbone
+from softprompt_dist.backbone.checkpoint_reader import CheckpointReader
+from softprompt_dist.backbone.embedding import FrozenEmbedding
+from softprompt_dist.backbone.engine import engine_config
+from softprompt_dist.backbone.fingerprint import fingerprint
+from softprompt_dist.backbone.flat_weights import FrozenBlock, Slot
+from softprompt_dist.backbone.formats import Int8Rows, PlainRows, RowFormat
+from softprompt_dist.backbone.inventory import Inventory
+from softprompt_dist.backbone.layers import FrozenLinear
+from softprompt_dist.backbone.skeleton import replace_norms
+from softprompt_dist.config import BackboneConfig
+from softprompt_dist.parallel import ranks
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_SECOND_FEED_FORWARD = ("wo", "down_proj", "dense_4h_to_h", "fc2")
+_BITSANDBYTES = ("llm_int8", "nf4")
+_READ_BYTES = 16 * 2**20
+"""Rows are read, converted and copied in pieces of about this size."""
+
+
+def fill(
+    inventory: Inventory,
+    config: BackboneConfig,
+    ds_config: dict[str, Any] | None,
+    group: dist.ProcessGroup | None,
+) -> Backbone:
+    """The backbone of an inventory, in the cell that the config names; no collective inside.
+
+    Raises:
+        BackboneError: a file is damaged.
+    """
+    skeleton = inventory.skeleton
+    _fill_buffers(inventory, DTYPES[config.dtype])
+    for name in skeleton.blocks:
+        _lay_out(inventory, name, config)
+    shape = Seq2SeqBackbone if inventory.config.is_encoder_decoder else CausalBackbone
+    embedding, identity = embedding_of(inventory, config), identity_of(inventory, config)
+    backbone = shape(skeleton.model, embedding, inventory.config, identity)
+    if config.sharding == "zero3":
+        _fill_parts(backbone, inventory, config, ds_config, group)
+    else:
+        for block in skeleton.blocks.values():
+            run = torch.empty(block.num_bytes, dtype=torch.uint8, device=ranks.device())
+            _copy_range(run, 0, block, inventory)
+            block.flat = nn.Parameter(run, requires_grad=False)
+    _choose_checkpointed(skeleton.blocks, config.activation_checkpointing)
+    return backbone
+
+
+def embedding_of(inventory: Inventory, config: BackboneConfig) -> FrozenEmbedding:
+    """The table: on the device if the backbone is replicated, else in the mapped file."""
+    dtype = DTYPES[config.dtype]
+    name = inventory.stored[inventory.skeleton.embedding]
+    table_VD = inventory.reader.mapped_table(name)
+    if config.sharding == "replicated":
+        table_VD = table_VD.to(ranks.device(), dtype, copy=True)
+    return FrozenEmbedding(table_VD, ranks.device(), dtype)
+
+
+def identity_of(inventory: Inventory, config: BackboneConfig) -> Identity:
+    """What the backbone is, however it is held."""
+    return Identity(config.path, fingerprint(inventory.reader, inventory.stored))
+
+
+def encoded_rows(reader: CheckpointReader, stored: str, format: RowFormat, rows: range) -> Tensor:
+    """bytes_RN of some rows of a stored tensor."""
+    if isinstance(format, Int8Rows):
+        return reader.encoded_int8(stored, rows.start, rows.stop)
+    return format.encode(reader.rows(stored, rows.start, rows.stop))
+
+
+def pieces(slot: Slot, first_byte: int, last_byte: int) -> Iterator[range]:
+    """The rows of a slot that a range of its block's bytes touches, some at a time."""
+    first, last = slot.rows_between(first_byte, last_byte)
+    step = max(1, _READ_BYTES // slot.row_bytes)
+    for start in range(first, last, step):
+        yield range(start, min(last, start + step))
+
+
+def overlap(slot: Slot, rows: range, first_byte: int, last_byte: int) -> tuple[int, int]:
+    """Bytes of the block that both these rows and the range hold."""
+    start = slot.start + rows.start * slot.row_bytes
+    end = slot.start + rows.stop * slot.row_bytes
+    return max(first_byte, start), min(last_byte, end)
+
+
+def _fill_parts(
+    backbone: Backbone,
+    inventory: Inventory,
+    config: BackboneConfig,
+    ds_config: dict[str, Any] | None,
+    group: dist.ProcessGroup | None,
+) -> None:
+    from softprompt_dist.backbone.sharding import BlockSharder
+
+    blocks = inventory.skeleton.blocks
+    world_size = dist.get_world_size(group)
+    head_bytes = list(blocks.values())[-1].num_bytes
+    largest_part = max(-(-block.num_bytes // world_size) for block in blocks.values())
+    backbone.engine_config = engine_config(
+        config, ds_config, largest_part=largest_part, head_bytes=head_bytes
+    )
+    sharder = BlockSharder(backbone.engine_config, backbone.traffic, group)
+    for block in blocks.values():
+
+        def read(first: int, last: int, block: FrozenBlock = block) -> Tensor:
+            part = torch.empty(last - first, dtype=torch.uint8)
+            _copy_range(part, first, block, inventory)
+            return part
+
+        block.flat = sharder.shard(block.num_bytes, read)
+
+
+def _copy_range(into: Tensor, first_byte: int, block: FrozenBlock, inventory: Inventory) -> None:
+    last_byte = first_byte + len(into)
+    for slot in block.slots:
+        stored = inventory.stored[slot.name]
+        for rows in pieces(slot, first_byte, last_byte):
+            encoded = encoded_rows(inventory.reader, stored, slot.format, rows).view(-1)
+            start, end = overlap(slot, rows, first_byte, last_byte)
+            row_start = slot.start + rows.start * slot.row_bytes
+            into[start - first_byte : end - first_byte] = encoded[
+                start - row_start : end - row_start
+            ]
+
+
+def _lay_out(inventory: Inventory, block_name: str, config: BackboneConfig) -> None:
+    skeleton = inventory.skeleton
+    block, linears = skeleton.blocks[block_name], skeleton.linears[block_name]
+    is_head = block_name == list(skeleton.blocks)[-1]
+    plain = PlainRows(DTYPES[config.dtype])
+    for holder, attribute, linear in linears:
+        keep = is_head or (
+            config.quantized_layers == "blocks_without_wo" and attribute in _SECOND_FEED_FORWARD
+        )
+        if config.quantization in _BITSANDBYTES and not keep:
+            setattr(holder, attribute, _bitsandbytes_layer(inventory, linear, config))
+            continue
+        format = Int8Rows() if config.quantization == "int8" and not keep else plain
+        linear.slot = block.add_slot(linear.name, format, linear.out_features, linear.in_features)
+
+
+def _bitsandbytes_layer(
+    inventory: Inventory, linear: FrozenLinear, config: BackboneConfig
+) -> nn.Module:
+    from softprompt_dist.backbone.bitsandbytes_linear import LLMInt8Linear, Nf4Linear
+
+    dtype = DTYPES[config.dtype]
+    weight_RC = inventory.reader.tensor(inventory.stored[linear.name])
+    weight_RC = weight_RC.to(ranks.device(), dtype)
+    if config.quantization == "nf4":
+        return Nf4Linear(weight_RC, linear.bias, dtype=dtype)
+    threshold = config.outlier_threshold
+    return LLMInt8Linear(weight_RC, linear.bias, dtype=dtype, outlier_threshold=threshold)
+
+
+def _fill_buffers(inventory: Inventory, dtype: torch.dtype) -> None:
+    device = ranks.device()
+    for name, (module, attribute) in inventory.skeleton.buffers.items():
+        # A copy: a view would keep the file mapped.
+        value = inventory.reader.tensor(inventory.stored[name]).to(device, dtype, copy=True)
+        module._parameters.pop(attribute, None)  # noqa: SLF001 - from a parameter to a buffer
+        module.register_buffer(attribute, value)
+    for part in (inventory.skeleton.model, *inventory.skeleton.blocks.values()):
+        root = part.computation if isinstance(part, FrozenBlock) else part
+        replace_norms(root)
+        root.to(device)  # what the model computed for itself, such as rotary frequencies
+
+
+def _choose_checkpointed(blocks: dict[str, FrozenBlock], choice: str) -> None:
+    every = {"none": 0, "full": 1}.get(choice) if not choice.startswith("every_") else None
+    every = int(choice.removeprefix("every_")) if every is None else every
+    *repeated, _head = blocks.values()
+    for index, block in enumerate(repeated):
+        block.checkpoint_activations = every > 0 and index % every == 0

@@ -1,0 +1,120 @@
+"""A block's weights as one run of bytes: the unit that is cut, gathered, off-loaded and freed.
+
+Axes: R output rows, N bytes of a row.
+
+One parameter for each block, not ten or twenty, is what makes ZeRO-3 cheap here: one collective
+brings a block in, its result is used in place, and DeepSpeed's bookkeeping is paid once per block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from softprompt_dist.backbone.formats import RowFormat
+
+_ALIGNMENT = 64
+"""Bytes; each weight starts at a multiple, so that it can be seen as numbers of any type."""
+
+
+@dataclass
+class Slot:
+    """Where one weight lies in its block's bytes."""
+
+    name: str
+    format: RowFormat
+    num_rows: int
+    num_columns: int
+    start: int
+    """First byte."""
+    block: FrozenBlock
+
+    @property
+    def row_bytes(self) -> int:
+        """N, bytes of a row."""
+        return self.format.row_bytes(self.num_columns)
+
+    @property
+    def end(self) -> int:
+        """One behind the last byte."""
+        return self.start + self.num_rows * self.row_bytes
+
+    @property
+    def bytes_RN(self) -> Tensor:  # noqa: N802
+        """The weight's bytes as they are now; under ZeRO-3 only while the block is gathered."""
+        flat = self.block.flat
+        assert flat is not None, f"{self.name} has not been loaded"
+        return flat.narrow(0, self.start, self.end - self.start).view(self.num_rows, -1)
+
+    def rows_between(self, first_byte: int, last_byte: int) -> tuple[int, int]:
+        """Rows that a range of the block's bytes touches; an empty range where it touches none."""
+        first = max(first_byte, self.start) - self.start
+        last = min(last_byte, self.end) - self.start
+        if first >= last:
+            return 0, 0
+        return first // self.row_bytes, -(-last // self.row_bytes)
+
+
+class FrozenBlock(nn.Module):
+    """A part of the model that is brought in, used and let go as a whole.
+
+    The computation is hidden from `modules()`: DeepSpeed then sees one module with one parameter,
+    and puts its hooks there and nowhere inside. With `checkpoint_activations` only the input is
+    kept for the backward pass and the rest computed again; that happens inside the hooks, so one
+    gather serves both.
+    """
+
+    def __init__(self, computation: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["computation"] = computation
+        self.flat: nn.Parameter | None = None
+        self.slots: list[Slot] = []
+        self.checkpoint_activations = False
+
+    computation: nn.Module
+
+    def __getattr__(self, name: str) -> Any:
+        """What Hugging Face's model asks of its layers, such as `attention_type`."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["computation"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The computation's."""
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            return checkpoint(
+                self.computation,
+                *args,
+                use_reentrant=False,
+                preserve_rng_state=self.training,
+                **kwargs,
+            )
+        return self.computation(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> FrozenBlock:
+        """Also of the computation, which `nn.Module` does not see."""
+        self.computation.train(mode)
+        super().train(mode)
+        return self
+
+    def add_slot(self, name: str, format: RowFormat, num_rows: int, num_columns: int) -> Slot:
+        """Reserve room for a weight behind the others."""
+        start = -(-self.num_bytes // _ALIGNMENT) * _ALIGNMENT
+        slot = Slot(name, format, num_rows, num_columns, start, self)
+        self.slots.append(slot)
+        return slot
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all slots together."""
+        return self.slots[-1].end if self.slots else 0
+
+    def hidden_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and value of what the computation holds besides the slots, whole on every rank."""
+        yield from self.computation.named_buffers()

@@ -1,0 +1,114 @@
+"""Which stored tensor belongs where in a model, decided before a weight is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from softprompt_dist.backbone.checkpoint_reader import CheckpointReader
+from softprompt_dist.backbone.skeleton import Skeleton
+from softprompt_dist.errors import BackboneError
+
+_HARMLESS = re.compile(
+    r"EncDecAttention\.relative_attention_bias\.weight$|rotary_emb\.inv_freq$"
+    r"|attention\.(bias|masked_bias)$|embed_positions\.weights$"
+)
+"""Stored by old checkpoints, used by no model."""
+
+
+@dataclass
+class Inventory:
+    """A model without weights and the checkpoint for it, found to fit each other."""
+
+    skeleton: Skeleton
+    reader: CheckpointReader
+    config: Any
+    """The model's Hugging Face config."""
+    stored: dict[str, str] = field(default_factory=dict)
+    """Name in the model -> name in the checkpoint, for every tensor of the model."""
+
+
+def take_inventory(skeleton: Skeleton, reader: CheckpointReader, config: Any) -> Inventory:
+    """Match the model's tensors with the stored ones.
+
+    T5 v1.1's own head is a tensor like any other here. transformers 5.23 forces the tie of head and
+    embedding for every T5, and under ZeRO-3 drops the stored head without a word.
+
+    Raises:
+        BackboneError: a tensor is missing, has another shape, or has no place in the model.
+    """
+    inventory = Inventory(skeleton, reader, config)
+    wanted = dict(_wanted(skeleton))
+    by_name = {skeleton.aliases.get(name, name): name for name in reader.shapes}
+    by_name |= {name: name for name in reader.shapes}
+    head = _head_name(skeleton)
+    if head not in by_name and not skeleton.has_own_head and skeleton.embedding in by_name:
+        by_name[head] = by_name[skeleton.embedding]
+    missing = sorted(name for name in wanted if name not in by_name)
+    if skeleton.embedding not in by_name:
+        missing.append(skeleton.embedding)
+    if missing:
+        raise BackboneError(_missing(missing, reader, skeleton))
+    inventory.stored = {name: by_name[name] for name in [*wanted, skeleton.embedding]}
+    _check_shapes(inventory, wanted)
+    _check_leftovers(inventory)
+    return inventory
+
+
+def _wanted(skeleton: Skeleton) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for linears in skeleton.linears.values():
+        for _, _, linear in linears:
+            yield linear.name, (linear.out_features, linear.in_features)
+    for name, (module, attribute) in skeleton.buffers.items():
+        yield name, tuple(getattr(module, attribute).shape)
+
+
+def _head_name(skeleton: Skeleton) -> str:
+    return f"{list(skeleton.blocks)[-1]}.weight"
+
+
+def _missing(missing: list[str], reader: CheckpointReader, skeleton: Skeleton) -> str:
+    message = (
+        f"Backbone {reader.folder} lacks {len(missing)} tensors that its config.json asks for: "
+        f"{missing[:5]}. "
+    )
+    if _head_name(skeleton) in missing:
+        message += (
+            "The config promises a head of its own, which is not the embedding; without it, a "
+            "prompt tuned on this backbone would be worthless. "
+        )
+    return message + "Fetch the checkpoint again, or the config.json that belongs to it."
+
+
+def _check_shapes(inventory: Inventory, wanted: dict[str, tuple[int, ...]]) -> None:
+    shapes = inventory.reader.shapes
+    wrong = [
+        f"{name} is {shapes[inventory.stored[name]]}, not {shape}"
+        for name, shape in wanted.items()
+        if shapes[inventory.stored[name]] != shape
+    ]
+    if wrong:
+        raise BackboneError(
+            f"Backbone {inventory.reader.folder}: config.json and weights disagree about "
+            f"{len(wrong)} tensors: {'; '.join(wrong[:5])}. Use the config.json that belongs to "
+            "these weights."
+        )
+
+
+def _check_leftovers(inventory: Inventory) -> None:
+    used = set(inventory.stored.values())
+    aliases = inventory.skeleton.aliases
+    left = [
+        name
+        for name in inventory.reader.shapes
+        if name not in used and aliases.get(name) not in inventory.stored
+        if not _HARMLESS.search(name)
+    ]
+    if left:
+        raise BackboneError(
+            f"Backbone {inventory.reader.folder} holds {len(left)} tensors for which its "
+            f"config.json has no place: {sorted(left)[:5]}. Use the config.json that belongs to "
+            "these weights."
+        )

@@ -1,0 +1,138 @@
+"""Layers of a frozen model: they keep for the backward pass what the input's gradient needs.
+
+Axes: B batch, S positions, C input columns, R output rows; `...` any leading axes.
+
+torch keeps nothing for a frozen linear that it computes itself, but DeepSpeed's own keeps the
+input, bitsandbytes' too, and a view of a gathered weight would keep the gathered copy alive. Here
+a linear keeps a reference to where its weight will be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - its usual name
+from torch import Tensor, nn
+
+from softprompt_dist.backbone.flat_weights import Slot
+
+
+class FrozenLinear(nn.Module):
+    """A linear layer whose weight is a slot in its block's run of bytes."""
+
+    def __init__(
+        self, in_features: int, out_features: int, *, name: str, bias: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.name = name
+        """The weight's name in the checkpoint."""
+        self.bias: Tensor | None
+        self.register_buffer("bias", bias)
+        self.slot: Slot | None = None
+
+    def forward(self, input_C: Tensor) -> Tensor:
+        """[..., C] to [..., R]."""
+        output_R: Tensor = _FrozenProduct.apply(input_C, self._filled_slot)
+        return output_R if self.bias is None else output_R + self.bias
+
+    @property
+    def _filled_slot(self) -> Slot:
+        assert self.slot is not None, f"{self.name} has not been loaded"
+        return self.slot
+
+
+class _FrozenProduct(torch.autograd.Function):
+    # `forward` takes ctx itself: with `setup_context` torch inspects the signature at every call.
+
+    @staticmethod
+    def forward(ctx: Any, input_C: Tensor, slot: Slot) -> Tensor:
+        ctx.slot = slot
+        return slot.format.multiply(input_C, slot.bytes_RN)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad_R,) = grads
+        return ctx.slot.format.multiply_transposed(grad_R, ctx.slot.bytes_RN), None
+
+
+class FrozenRMSNorm(nn.Module):
+    """Root mean square norm without mean or bias (T5LayerNorm, LlamaRMSNorm), in one operation."""
+
+    def __init__(self, weight_D: Tensor, epsilon: float) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight_D)
+        self.weight: Tensor
+        self.epsilon = epsilon
+
+    def forward(self, hidden_D: Tensor) -> Tensor:
+        """[..., D] to [..., D]."""
+        if hidden_D.is_cuda:  # one kernel there, which keeps its input and a number per row
+            return F.rms_norm(hidden_D, self.weight.shape, self.weight, self.epsilon)
+        normed_D: Tensor = _RMSNorm.apply(hidden_D, self.weight, self.epsilon)
+        return normed_D
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Elsewhere torch composes it of operations that keep two fp32 copies of the input."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_D: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
+        ctx.save_for_backward(hidden_D, weight_D)
+        ctx.epsilon = epsilon
+        return F.rms_norm(hidden_D, weight_D.shape, weight_D, epsilon)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        hidden_D, weight_D = ctx.saved_tensors
+        with torch.enable_grad():
+            hidden_D = hidden_D.detach().requires_grad_(True)
+            normed_D = F.rms_norm(hidden_D, weight_D.shape, weight_D, ctx.epsilon)
+        return *torch.autograd.grad(normed_D, hidden_D, grads[0]), None, None
+
+
+_ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "gelu_new": (
+        lambda gate: F.gelu(gate, approximate="tanh"),
+        lambda grad, gate: torch.ops.aten.gelu_backward(grad, gate, approximate="tanh"),
+    ),
+    "gelu": (F.gelu, lambda grad, gate: torch.ops.aten.gelu_backward(grad, gate)),
+    "silu": (F.silu, torch.ops.aten.silu_backward),
+    "relu": (F.relu, lambda grad, gate: torch.ops.aten.threshold_backward(grad, gate, 0)),
+}
+_ACTIVATIONS["gelu_pytorch_tanh"] = _ACTIVATIONS["gelu_new"]
+_ACTIVATIONS["swish"] = _ACTIVATIONS["silu"]
+
+
+def knows_activation(name: str) -> bool:
+    """Whether `activate` and `activate_gated` can compute it."""
+    return name in _ACTIVATIONS
+
+
+def activate(name: str, hidden: Tensor) -> Tensor:
+    """The activation by its Hugging Face name; gelu_new is the tanh approximation, fused."""
+    return _ACTIVATIONS[name][0](hidden)
+
+
+def activate_gated(name: str, gate: Tensor, linear: Tensor) -> Tensor:
+    """activation(gate) * linear; only the two are kept, the activation is computed again."""
+    output: Tensor = _GatedActivation.apply(gate, linear, name)
+    return output
+
+
+class _GatedActivation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, linear: Tensor, name: str) -> Tensor:
+        ctx.save_for_backward(gate, linear)
+        ctx.name = name
+        return _ACTIVATIONS[name][0](gate) * linear
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad,) = grads
+        gate, linear = ctx.saved_tensors
+        forward, backward = _ACTIVATIONS[ctx.name]
+        return backward(grad * linear, gate), grad * forward(gate), None

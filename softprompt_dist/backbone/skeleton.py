@@ -1,0 +1,182 @@
+"""A model without weights, taken apart into frozen blocks, slots and buffers.
+
+Whatever the architecture, three kinds of tensor are left when this is done: the matrices of linear
+layers (a slot of a block each), the embedding table, and small tensors (buffers, whole on every
+rank). Names are those of the checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from softprompt_dist.backbone.flat_weights import FrozenBlock
+from softprompt_dist.backbone.layers import FrozenLinear, FrozenRMSNorm, knows_activation
+from softprompt_dist.backbone.t5 import T5
+from softprompt_dist.errors import BackboneError
+
+HEAD = "lm_head"
+_T5_TYPES = ("t5", "mt5")
+_LARGEST_BUFFER = 2**22
+"""Elements that a tensor in a block may have and not be cut over the ranks."""
+
+
+@dataclass
+class Skeleton:
+    """The model, and where in it which tensor belongs."""
+
+    model: nn.Module
+    embedding: str
+    """Name of the embedding table."""
+    has_own_head: bool
+    """Whether the config promises a head that is not the embedding table."""
+    blocks: dict[str, FrozenBlock]
+    """In the order in which they are used; the head is the last."""
+    linears: dict[str, list[tuple[nn.Module, str, FrozenLinear]]]
+    """Of each block: the module that holds a linear layer, its attribute there, and the layer."""
+    buffers: dict[str, tuple[nn.Module, str]] = field(default_factory=dict)
+    """Tensor's name -> the module that holds it and the attribute there."""
+    aliases: dict[str, str] = field(default_factory=dict)
+    """Another name under which a checkpoint may hold a tensor -> its name here."""
+
+
+def build_skeleton(config: PretrainedConfig) -> Skeleton:
+    """The frozen model that a Hugging Face config describes, without weights.
+
+    Raises:
+        BackboneError: an architecture that cannot be taken apart safely.
+    """
+    return _t5_skeleton(config) if config.is_encoder_decoder else _causal_skeleton(config)
+
+
+def _t5_skeleton(config: Any) -> Skeleton:
+    if config.model_type not in _T5_TYPES:
+        raise BackboneError(
+            f"Encoder-decoder models of type {config.model_type!r} are not known here; "
+            f"{' and '.join(_T5_TYPES)} are (T5 v1.0, v1.1, LM-adapted, Flan-T5, mT5)."
+        )
+    if not knows_activation(config.dense_act_fn):
+        raise BackboneError(f"T5 with activation {config.dense_act_fn!r} is not known here.")
+    with init_empty_weights(include_buffers=False):
+        model = T5(config)
+    blocks = {
+        f"{stack}.block.{index}": block
+        for stack in ("encoder", "decoder")
+        for index, block in enumerate(model.get_submodule(stack).block)  # type: ignore[arg-type]
+    }
+    skeleton = _taken_apart(model, {**blocks, HEAD: model.lm_head}, "shared.weight")
+    for stack in ("encoder", "decoder"):
+        skeleton.aliases[f"{stack}.embed_tokens.weight"] = "shared.weight"
+    skeleton.has_own_head = not config.scale_decoder_outputs
+    return skeleton
+
+
+def _causal_skeleton(config: Any) -> Skeleton:
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    kinds = set(model._no_split_modules or ())  # noqa: SLF001 - how transformers names them
+    blocks = {n: m for n, m in model.named_modules() if type(m).__name__ in kinds}
+    modules = {id(module): name for name, module in model.named_modules()}
+    head = model.get_output_embeddings()
+    if not blocks or not isinstance(head, nn.Linear):
+        raise BackboneError(
+            f"Models of type {config.model_type!r} are not known here: transformers names no "
+            f"repeated block in them, or their head is a {type(head).__name__}, not a linear layer."
+        )
+    embedding = f"{modules[id(model.get_input_embeddings())]}.weight"
+    skeleton = _taken_apart(model, {**blocks, modules[id(head)]: head}, embedding)
+    skeleton.has_own_head = not config.tie_word_embeddings
+    model.set_input_embeddings(nn.Identity())  # the backbone embeds, not the model
+    prefix = f"{model.base_model_prefix}."
+    known = [*skeleton.buffers, *_weight_names(skeleton), embedding]
+    skeleton.aliases |= {n.removeprefix(prefix): n for n in known if n.startswith(prefix)}
+    return skeleton
+
+
+def _weight_names(skeleton: Skeleton) -> Iterator[str]:
+    for linears in skeleton.linears.values():
+        yield from (linear.name for _, _, linear in linears)
+
+
+def _taken_apart(model: nn.Module, parts: dict[str, nn.Module], embedding: str) -> Skeleton:
+    skeleton = Skeleton(model, embedding, has_own_head=False, blocks={}, linears={})
+    for name, part in parts.items():
+        skeleton.blocks[name] = block = FrozenBlock(part)
+        skeleton.linears[name] = list(_replace_linears(block, name))
+        _collect_buffers(block.computation, name, skeleton, largest=_LARGEST_BUFFER)
+        parent, _, attribute = name.rpartition(".")
+        model.get_submodule(parent).register_module(attribute, block)
+    _collect_buffers(model, "", skeleton, largest=None)
+    return skeleton
+
+
+def _replace_linears(
+    block: FrozenBlock, block_name: str
+) -> Iterator[tuple[nn.Module, str, FrozenLinear]]:
+    if isinstance(block.computation, nn.Linear):
+        block.__dict__["computation"] = frozen = _frozen(block.computation, block_name)
+        yield block, "computation", frozen
+        return
+    for path, module in list(block.computation.named_modules()):
+        for attribute, child in list(module.named_children()):
+            if type(child) is nn.Linear:
+                frozen = _frozen(child, _joined(block_name, path, attribute))
+                setattr(module, attribute, frozen)
+                yield module, attribute, frozen
+
+
+def _frozen(linear: nn.Linear, path: str) -> FrozenLinear:
+    bias = None if linear.bias is None else torch.empty_like(linear.bias, device="meta")
+    name = f"{path}.weight"
+    return FrozenLinear(linear.in_features, linear.out_features, name=name, bias=bias)
+
+
+def _collect_buffers(
+    root: nn.Module, root_name: str, skeleton: Skeleton, *, largest: int | None
+) -> None:
+    """Every stored tensor but the embedding table and the linear layers' matrices."""
+    for path, module in root.named_modules():
+        held = dict(module.named_parameters(recurse=False))
+        if isinstance(module, FrozenLinear) and module.bias is not None:
+            held["bias"] = module.bias
+        for attribute, tensor in held.items():
+            name = _joined(root_name, path, attribute)
+            if name == skeleton.embedding:
+                continue
+            too_large = largest is not None and tensor.numel() > largest
+            if too_large or type(module) is nn.Linear:
+                raise BackboneError(
+                    f"{name} of shape {tuple(tensor.shape)} is neither the matrix of a linear "
+                    "layer in a repeated block nor small. This kind of model (mixture of experts, "
+                    "or an unusual layer) is not known here."
+                )
+            skeleton.buffers[name] = (module, attribute)
+
+
+def _joined(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+def replace_norms(model: nn.Module) -> None:
+    """Put our fused norm where a module's numbers are just those of a root mean square norm.
+
+    Found out by trying: some models add one to the weight, or subtract a mean.
+    """
+    for module in list(model.modules()):
+        for attribute, child in list(module.named_children()):
+            epsilon = getattr(child, "variance_epsilon", getattr(child, "eps", None))
+            weight = getattr(child, "weight", None)
+            if not type(child).__name__.endswith("RMSNorm") or epsilon is None:
+                continue
+            if not isinstance(weight, torch.Tensor):
+                continue
+            frozen = FrozenRMSNorm(weight, epsilon)
+            probe = torch.linspace(-2, 3, len(weight), device=weight.device).to(weight.dtype)
+            if torch.allclose(child(probe[None]), frozen(probe[None]), rtol=1e-2, atol=1e-2):
+                setattr(module, attribute, frozen)

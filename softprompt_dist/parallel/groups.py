@@ -1,0 +1,55 @@
+"""Groups of ranks that share a node."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Literal
+
+import torch.distributed as dist
+
+from softprompt_dist.errors import MachineError
+from softprompt_dist.parallel import ranks
+from softprompt_dist.parallel.join import local_world_size
+
+
+def shard_group(kind: Literal["world", "node"]) -> dist.ProcessGroup | None:
+    """All ranks: the ranks over which a backbone is cut; None for all of them.
+
+    Raises:
+        MachineError: nodes have different numbers of ranks, or one each.
+    """
+    if kind == "world" or ranks.world_size() == 1:
+        return None
+    size = local_world_size(os.environ)
+    _check_nodes(size)
+    if size == ranks.world_size():
+        return None
+    mine: dist.ProcessGroup | None = None
+    for first in range(0, ranks.world_size(), size):
+        members = list(range(first, first + size))
+        group = dist.new_group(members)  # every rank makes every group
+        if ranks.rank() in members:
+            mine = group
+    return mine
+
+
+def _check_nodes(size: int) -> None:
+    hosts = ranks.gather_objects((socket.gethostname(), size))
+    runs = [hosts[first : first + size] for first in range(0, len(hosts), size)]
+    if any(len(set(run)) > 1 or len(run) < size for run in runs):
+        raise _on_all_ranks(
+            f"backbone.shard_group is 'node', but the ranks' nodes and sizes are {hosts}; every "
+            "node must have as many ranks as the others, in one row. Set shard_group=world."
+        )
+    if size == 1:
+        raise _on_all_ranks(
+            "backbone.shard_group is 'node', but each node has one rank only, so nothing would be "
+            "cut. Set backbone.sharding=replicated, or shard_group=world."
+        )
+
+
+def _on_all_ranks(message: str) -> MachineError:
+    error = MachineError(message)
+    error.on_all_ranks = True
+    return error
