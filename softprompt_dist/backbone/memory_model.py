@@ -214,7 +214,9 @@ def activation_bytes(architecture: Architecture, cell: Cell, workload: Workload)
     """The most that is alive between the end of the forward pass and the last block's backward."""
     rows = workload.micro_batch
     positions = rows * workload.num_positions(architecture)
-    num_whole, num_checkpointed = _split(architecture.num_layers, cell.activation_checkpointing)
+    num_whole, num_checkpointed = split_layers(
+        architecture.num_layers, cell.activation_checkpointing
+    )
     stream = positions * architecture.d_model * cell.item_bytes
     layer = positions * _kept_by_layer(architecture, cell)
     kept = num_whole * layer + num_checkpointed * stream + stream
@@ -246,7 +248,7 @@ def _backward_scratch(architecture: Architecture, cell: Cell) -> int:
 
 def _decoder_bytes(architecture: Architecture, cell: Cell, workload: Workload) -> int:
     """What the decoder behind an encoder keeps; its keys and values of the encoder's output."""
-    num_whole, num_checkpointed = _split(
+    num_whole, num_checkpointed = split_layers(
         architecture.num_decoder_layers, cell.activation_checkpointing
     )
     targets = workload.micro_batch * workload.target_length
@@ -284,7 +286,7 @@ def _buffer_bytes(architecture: Architecture, cell: Cell, workload: Workload) ->
     return 4 * prompt + architecture.small_size * cell.item_bytes
 
 
-def _split(num_layers: int, checkpointing: str) -> tuple[int, int]:
+def split_layers(num_layers: int, checkpointing: str) -> tuple[int, int]:
     """How many layers keep everything, and how many only their input."""
     if checkpointing == "none":
         return num_layers, 0

@@ -1,0 +1,29 @@
+"""Memory of the nodes themselves: the processes, and weights that are off-loaded."""
+
+from __future__ import annotations
+
+from softprompt_dist.backbone.architecture import Architecture
+from softprompt_dist.backbone.memory_model import Cell, Cluster, sharded_bytes
+
+PROCESS_BYTES = 1_800_000_000
+"""One rank without weights: Python, torch, and the rows that it is reading."""
+NVME_BUFFERS = 5
+"""Page-locked buffers between NVMe and device, each for one part of a block."""
+
+
+def host_bytes(architecture: Architecture, cell: Cell, cluster: Cluster) -> int:
+    """Host memory of one node that cannot be given back while the run lasts."""
+    ranks = cluster.gpus_per_node
+    total = ranks * PROCESS_BYTES
+    if cell.sharding == "zero3":
+        total += architecture.embedding_size * architecture.checkpoint_bytes_per_weight
+    if cell.offload == "cpu":
+        total += ranks * -(-sharded_bytes(architecture, cell) // cluster.num_shards(cell))
+    if cell.offload == "nvme":
+        total += ranks * NVME_BUFFERS * nvme_buffer_bytes(architecture, cell, cluster)
+    return total
+
+
+def nvme_buffer_bytes(architecture: Architecture, cell: Cell, cluster: Cluster) -> int:
+    """The greatest part of a block that one rank keeps."""
+    return -(-max(map(cell.block_bytes, architecture.blocks())) // cluster.num_shards(cell))
