@@ -70,13 +70,15 @@ def _state(backbone: Backbone, inventory: Inventory) -> dict[str, tuple[int, int
     for block in backbone.blocks():
         with _part(block) as (held, first_byte):
             for slot in block.slots:
-                whole[slot.name] = _compare(slot, held, first_byte, inventory)
+                whole[slot.name] = _compare(
+                    slot, held[: block.num_bytes - first_byte], first_byte, inventory
+                )
     return whole
 
 
 def _compare(slot: Slot, held: Tensor, first_byte: int, inventory: Inventory) -> tuple[int, int]:
     count = wrong = 0
-    last_byte = min(first_byte + len(held), slot.block.num_bytes)
+    last_byte = first_byte + len(held)
     for rows in pieces(slot, first_byte, last_byte):
         stored = inventory.stored[slot.name]
         expected = encoded_rows(inventory.reader, stored, slot.format, rows).view(-1)

@@ -56,7 +56,7 @@ def fill(
         for block in skeleton.blocks.values():
             run = torch.empty(block.num_bytes, dtype=torch.uint8, device=ranks.device())
             _copy_range(run, 0, block, inventory)
-            block.flat = nn.Parameter(run, requires_grad=False)
+            block.hold(nn.Parameter(run, requires_grad=False))
     _choose_checkpointed(skeleton.blocks, config.activation_checkpointing)
     return backbone
 
@@ -122,7 +122,7 @@ def _fill_parts(
             _copy_range(part, first, block, inventory)
             return part
 
-        block.flat = sharder.shard(block.num_bytes, read)
+        block.hold(sharder.shard(block.num_bytes, read))
 
 
 def _copy_range(into: Tensor, first_byte: int, block: FrozenBlock, inventory: Inventory) -> None:

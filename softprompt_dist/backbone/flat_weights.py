@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from softprompt_dist.backbone.formats import RowFormat
+from softprompt_dist.backbone.formats import PlainRows, RowFormat
 
 _ALIGNMENT = 64
 """Bytes; each weight starts at a multiple, so that it can be seen as numbers of any type."""
@@ -32,7 +32,10 @@ class Slot:
     num_columns: int
     start: int
     """First byte."""
-    block: FrozenBlock
+    flat: nn.Parameter | None = None
+    """The block's bytes; here too, since DeepSpeed makes access through a module slow."""
+    weight_RC: Tensor | None = None
+    """The weight as numbers, where it lies whole and plain for good."""
 
     @property
     def row_bytes(self) -> int:
@@ -47,9 +50,9 @@ class Slot:
     @property
     def bytes_RN(self) -> Tensor:  # noqa: N802
         """The weight's bytes as they are now; under ZeRO-3 only while the block is gathered."""
-        flat = self.block.flat
-        assert flat is not None, f"{self.name} has not been loaded"
-        return flat.narrow(0, self.start, self.end - self.start).view(self.num_rows, -1)
+        assert self.flat is not None, f"{self.name} has not been loaded"
+        num_bytes = self.num_rows * self.row_bytes
+        return self.flat.narrow(0, self.start, num_bytes).view(self.num_rows, -1)
 
     def rows_between(self, first_byte: int, last_byte: int) -> tuple[int, int]:
         """Rows that a range of the block's bytes touches; an empty range where it touches none."""
@@ -106,9 +109,18 @@ class FrozenBlock(nn.Module):
     def add_slot(self, name: str, format: RowFormat, num_rows: int, num_columns: int) -> Slot:
         """Reserve room for a weight behind the others."""
         start = -(-self.num_bytes // _ALIGNMENT) * _ALIGNMENT
-        slot = Slot(name, format, num_rows, num_columns, start, self)
+        slot = Slot(name, format, num_rows, num_columns, start)
         self.slots.append(slot)
         return slot
+
+    def hold(self, flat: nn.Parameter) -> None:
+        """Take `flat` [num_bytes] uint8, sharded or not, as the bytes of all slots."""
+        self.flat = flat
+        stays = not hasattr(flat, "ds_id")
+        for slot in self.slots:
+            slot.flat = flat
+            if stays and isinstance(slot.format, PlainRows):
+                slot.weight_RC = slot.bytes_RN.detach().view(slot.format.dtype)
 
     @property
     def num_bytes(self) -> int:

@@ -36,13 +36,11 @@ class FrozenLinear(nn.Module):
 
     def forward(self, input_C: Tensor) -> Tensor:
         """[..., C] to [..., R]."""
-        output_R: Tensor = _FrozenProduct.apply(input_C, self._filled_slot)
-        return output_R if self.bias is None else output_R + self.bias
-
-    @property
-    def _filled_slot(self) -> Slot:
         assert self.slot is not None, f"{self.name} has not been loaded"
-        return self.slot
+        if self.slot.weight_RC is not None:  # torch itself then keeps no more than that
+            return F.linear(input_C, self.slot.weight_RC, self.bias)
+        output_R: Tensor = _FrozenProduct.apply(input_C, self.slot)
+        return output_R if self.bias is None else output_R + self.bias
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -88,10 +86,12 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         hidden_D, weight_D = ctx.saved_tensors
-        with torch.enable_grad():
-            hidden_D = hidden_D.detach().requires_grad_(True)
-            normed_D = F.rms_norm(hidden_D, weight_D.shape, weight_D, ctx.epsilon)
-        return *torch.autograd.grad(normed_D, hidden_D, grads[0]), None, None
+        (grad_D,) = grads
+        wide_D, scaled_D = hidden_D.float(), (grad_D * weight_D).float()
+        inverse_rms_1 = torch.rsqrt(wide_D.square().mean(-1, keepdim=True) + ctx.epsilon)
+        # y = x / rms(x): what x changes in its own norm is taken off, along x.
+        along_1 = (scaled_D * wide_D).mean(-1, keepdim=True) * inverse_rms_1.square()
+        return ((scaled_D - wide_D * along_1) * inverse_rms_1).to(grad_D.dtype), None, None
 
 
 _ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {

@@ -193,8 +193,8 @@ def weight_bytes(architecture: Architecture, cell: Cell, cluster: Cluster) -> in
     if cell.sharding == "zero3":
         # The input embedding stays in the memory-mapped checkpoint.
         return 0 if cell.offload != "none" else -(-blocks // cluster.num_shards(cell))
-    embedding = 0 if architecture.tied_head else architecture.embedding_size * cell.item_bytes
-    return blocks + embedding
+    # A tied head is a block of its own beside the table.
+    return blocks + architecture.embedding_size * cell.item_bytes
 
 
 def gathered_bytes(architecture: Architecture, cell: Cell, cluster: Cluster) -> int:
@@ -291,5 +291,5 @@ def split_layers(num_layers: int, checkpointing: str) -> tuple[int, int]:
     if checkpointing == "none":
         return num_layers, 0
     every = re.fullmatch(r"every_([1-9]\d*)", checkpointing)
-    checkpointed = num_layers // int(every[1]) if every else num_layers
+    checkpointed = -(-num_layers // int(every[1])) if every else num_layers
     return num_layers - checkpointed, checkpointed

@@ -57,6 +57,10 @@ class Attention(nn.Module):
         return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
+def _dropout(hidden: Tensor, rate: float, training: bool) -> Tensor:
+    return F.dropout(hidden, rate) if training and rate else hidden
+
+
 def _norm(config: T5Config) -> nn.Module:
     return nn.RMSNorm(config.d_model, eps=config.layer_norm_epsilon)
 
@@ -74,7 +78,7 @@ class SelfAttentionLayer(nn.Module):
         """[B, S, D]."""
         normed_BSD = self.layer_norm(hidden_BSD)
         attended_BSD = self.SelfAttention(normed_BSD, normed_BSD, bias_BHSS)
-        return hidden_BSD + F.dropout(attended_BSD, self.dropout, self.training)
+        return hidden_BSD + _dropout(attended_BSD, self.dropout, self.training)
 
 
 class CrossAttentionLayer(nn.Module):
@@ -89,7 +93,7 @@ class CrossAttentionLayer(nn.Module):
     def forward(self, hidden_BTD: Tensor, encoded_BSD: Tensor, mask_B11S: Tensor | None) -> Tensor:
         """[B, T, D]."""
         attended_BTD = self.EncDecAttention(self.layer_norm(hidden_BTD), encoded_BSD, mask_B11S)
-        return hidden_BTD + F.dropout(attended_BTD, self.dropout, self.training)
+        return hidden_BTD + _dropout(attended_BTD, self.dropout, self.training)
 
 
 class FeedForward(nn.Module):
@@ -114,7 +118,7 @@ class FeedForward(nn.Module):
             inner = activate_gated(self.activation, self.wi_0(hidden_BSD), self.wi_1(hidden_BSD))
         else:
             inner = activate(self.activation, self.wi(hidden_BSD))
-        output_BSD: Tensor = self.wo(F.dropout(inner, self.dropout, self.training))
+        output_BSD: Tensor = self.wo(_dropout(inner, self.dropout, self.training))
         return output_BSD
 
 
@@ -130,7 +134,7 @@ class FeedForwardLayer(nn.Module):
     def forward(self, hidden_BSD: Tensor) -> Tensor:
         """[B, S, D]."""
         forwarded_BSD = self.DenseReluDense(self.layer_norm(hidden_BSD))
-        return hidden_BSD + F.dropout(forwarded_BSD, self.dropout, self.training)
+        return hidden_BSD + _dropout(forwarded_BSD, self.dropout, self.training)
 
 
 class EncoderBlock(nn.Module):
@@ -188,11 +192,11 @@ class Stack(nn.Module):
 
     def forward(self, hidden_BSD: Tensor, *shared: Tensor | None) -> Tensor:
         """[B, S, D]; `shared` is given to every block."""
-        hidden_BSD = F.dropout(hidden_BSD, self.dropout, self.training)
+        hidden_BSD = _dropout(hidden_BSD, self.dropout, self.training)
         for block in self.block:
             hidden_BSD = block(hidden_BSD, *shared)
         normed_BSD = self.final_layer_norm(hidden_BSD)
-        return F.dropout(normed_BSD, self.dropout, self.training)
+        return _dropout(normed_BSD, self.dropout, self.training)
 
     def position_bias(self, length: int) -> Tensor:
         """bias_1HSS of relative positions, for all layers; a decoder sees nothing that follows."""
