@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests import runs
+from tests.models import save_enlarged
 
 _has_gpu = torch.cuda.is_available
 
@@ -30,6 +31,18 @@ def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random Llama with a tokenizer. Shared: copy it before changing anything."""
     return runs.save_llama(tmp_path_factory.mktemp("backbones") / "llama")
+
+
+@pytest.fixture(scope="session")
+def lively_t5(tiny_t5: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny T5, enlarged: its answers differ from row to row."""
+    return save_enlarged(tiny_t5, tmp_path_factory.mktemp("lively") / "t5")
+
+
+@pytest.fixture(scope="session")
+def lively_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama, enlarged: its answers differ from row to row."""
+    return save_enlarged(tiny_llama, tmp_path_factory.mktemp("lively") / "llama")
 
 
 @pytest.fixture(scope="session")

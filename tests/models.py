@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 
 def make_t5(vocab_size: int = 128, seed: int = 0, d_model: int = 32) -> T5ForConditionalGeneration:
@@ -55,3 +66,23 @@ def save_model(model: torch.nn.Module, folder: Path) -> Path:
     """Write a Hugging Face folder."""
     model.save_pretrained(str(folder))
     return folder
+
+
+def plain_model(folder: Path) -> Any:
+    """What transformers alone makes of a folder, frozen; its T5 has the head that is stored."""
+    config = AutoConfig.from_pretrained(str(folder))
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = kind.from_pretrained(str(folder)).eval().requires_grad_(False)
+    stored = load_file(folder / "model.safetensors")
+    if "lm_head.weight" in stored:
+        assert torch.equal(model.lm_head.weight, stored["lm_head.weight"])
+    return model
+
+
+def save_enlarged(folder: Path, copy: Path, factor: float = 8.0) -> Path:
+    """A copy of a folder with all matrices multiplied, so that rows differ in their answers."""
+    shutil.copytree(folder, copy)
+    file = copy / "model.safetensors"
+    weights = {n: t * factor if t.dim() > 1 else t for n, t in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    return copy

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from softprompt_dist.backbone.engine import engine_config
 from softprompt_dist.backbone.load import load_backbone, load_tokenizer
 from softprompt_dist.config import BackboneConfig
 from softprompt_dist.data.batching import tokenise
@@ -15,7 +14,6 @@ from softprompt_dist.prompt.module import SoftPrompt
 from softprompt_dist.run.scoring import LabelSet, Scorer
 from tests import runs
 
-_LIVELY = 8.0
 _LABELS = LabelSet(
     ("one", "two", "three", "four", "five"),
     ((20, 1), (21, 30, 1), (22, 1), (23, 31, 32, 1), (24, 33, 1)),
@@ -23,16 +21,12 @@ _LABELS = LabelSet(
 
 
 class Stage:
-    """All of them for one folder. The weights are made large, so that rows differ in answers."""
+    """All of them for one folder, whose weights are large enough for rows to differ in answers."""
 
     def __init__(self, folder: str | Path, *, num_rows: int = 23, sharded: bool = False) -> None:
-        config = BackboneConfig(path=str(folder), sharding="replicated")
-        self.backbone = load_backbone(config)
-        with torch.no_grad():
-            for matrix in (p for p in self.backbone.parameters() if p.dim() > 1):
-                matrix.mul_(_LIVELY)
-        if sharded:
-            self.backbone.shard(engine_config(config, runs.PARTITION_EVERYTHING))
+        sharding = "zero3" if sharded else "replicated"
+        config = BackboneConfig(path=str(folder), sharding=sharding)
+        self.backbone = load_backbone(config, runs.PARTITION_EVERYTHING if sharded else None)
         self.tokenizer = load_tokenizer(Path(folder))
         texts = [row["text"] for row in runs.make_rows(num_rows, seed=11)]
         self.rows = tokenise(

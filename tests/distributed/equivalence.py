@@ -56,7 +56,7 @@ def gradient_on_this_rank(folder: str, prompt_file: str, sharding: str) -> dict[
         "num_tokens": metrics["num_tokens"],
         "gradient_file": str(result),
         "fingerprint": backbone.fingerprint,
-        "live_elements": sum(p.numel() for p in backbone.model.parameters()),
+        "live_elements": sum(block.flat.numel() for block in backbone.blocks()),
         "sharding": sharding,
         "threads": torch.get_num_threads(),
     }

@@ -27,15 +27,15 @@ def predictions_of_every_cell(folders):
 
 
 @pytest.fixture(scope="module")
-def on_two_ranks(tiny_t5, tiny_llama, run_functions):
-    folders = {"seq2seq": str(tiny_t5), "causal": str(tiny_llama)}
+def on_two_ranks(lively_t5, lively_llama, run_functions):
+    folders = {"seq2seq": str(lively_t5), "causal": str(lively_llama)}
     return run_functions(predictions_of_every_cell, 2, folders=folders, timeout=120)
 
 
 @pytest.mark.parametrize("cell", range(len(CELLS)))
-def test_two_ranks_predict_as_one(on_two_ranks, tiny_t5, tiny_llama, cell):
+def test_two_ranks_predict_as_one(on_two_ranks, lively_t5, lively_llama, cell):
     family, _ = CELLS[cell]
-    alone = predictions({"seq2seq": tiny_t5, "causal": tiny_llama}[family], sharded=False)
+    alone = predictions({"seq2seq": lively_t5, "causal": lively_llama}[family], sharded=False)
     assert [len(alone[f"rank {count}"]) for count in NUM_ROWS] == list(NUM_ROWS)
     assert len(set(alone["rank 23"])) > 1
     assert len(set(alone["greedy 23"])) > 3

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from softprompt_dist.backbone.base import Seq2SeqBackbone
+from softprompt_dist.backbone.base import Identity, Seq2SeqBackbone
 from softprompt_dist.data.batching import TokenBatch
 from softprompt_dist.prompt.module import SoftPrompt
 
@@ -18,17 +18,20 @@ DATA = Path(__file__).parent / "data" / "prompt_init"
 class RecordingModel(nn.Module):
     """Stands for a T5: keeps what it was called with."""
 
-    def __init__(self, embed):
+    def forward(self, embeds, mask, decoder_embeds):
+        self.embeds, self.mask = embeds, mask
+        return torch.zeros(())
+
+
+class RecordedEmbedding(nn.Module):
+    """Gives the recorded embeddings, whatever the tokens are."""
+
+    def __init__(self, embeds):
         super().__init__()
-        self.embed = embed
-        self.config = SimpleNamespace(decoder_start_token_id=0)
+        self.embeds = embeds
 
-    def get_input_embeddings(self):
-        return self.embed
-
-    def forward(self, **inputs):
-        self.inputs = inputs
-        return SimpleNamespace(logits=torch.zeros(()))
+    def forward(self, ids):
+        return self.embeds
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +42,7 @@ def expected():
 
 @pytest.fixture(scope="module")
 def inputs(expected):
-    model = RecordingModel(lambda _: expected["x_embed"])
+    model = RecordingModel()
     ids = expected["x"]
     target = torch.ones(len(ids), 1, dtype=torch.int64)
     batch = TokenBatch(
@@ -48,16 +51,22 @@ def inputs(expected):
         target_ids_BT=target,
         target_mask_BT=target,
     )
-    Seq2SeqBackbone(model)(SoftPrompt(expected["prompt"])(len(ids), torch.float32), batch)
-    return model.inputs
+    backbone = Seq2SeqBackbone(
+        model,
+        RecordedEmbedding(expected["x_embed"]),
+        SimpleNamespace(decoder_start_token_id=0),
+        Identity("recorded", "0"),
+    )
+    backbone(SoftPrompt(expected["prompt"])(len(ids), torch.float32), batch)
+    return model
 
 
 def test_prompt_comes_before_the_input(inputs, expected):
-    assert torch.equal(inputs["inputs_embeds"], expected["prefix"])
+    assert torch.equal(inputs.embeds, expected["prefix"])
 
 
 def test_encoder_sees_the_prompt_and_the_input_without_padding(inputs, expected):
-    mask = inputs["attention_mask"]
+    mask = inputs.mask
 
     assert torch.equal(
         (mask[:, None, :, None] * mask[:, None, None, :]).float(), expected["encoder_mask"]
@@ -65,4 +74,4 @@ def test_encoder_sees_the_prompt_and_the_input_without_padding(inputs, expected)
 
 
 def test_decoder_sees_the_prompt_positions_too(inputs, expected):
-    assert torch.equal(inputs["attention_mask"] > 0, expected["add_fake_prompt"] > 0)
+    assert torch.equal(inputs.mask > 0, expected["add_fake_prompt"] > 0)

@@ -6,7 +6,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from softprompt_dist import inspect
-from softprompt_dist.backbone.fingerprint import identity
+from softprompt_dist.backbone.load import load_embedding
+from softprompt_dist.config import BackboneConfig
 from softprompt_dist.errors import ConfigError, PromptFileError
 from softprompt_dist.prompt.file import PromptMetadata, save_prompt
 from tests.models import make_t5, save_model
@@ -29,11 +30,12 @@ def backbone(tmp_path_factory):
 @pytest.fixture
 def prompt_file(backbone, tmp_path):
     """Row 0 points where piece 7 does, row 1 where piece 3 does, row 2 where a padding row does."""
-    _, model = backbone
+    folder, model = backbone
+    _, identity = load_embedding(BackboneConfig(path=str(folder)))
     table = model.get_input_embeddings().weight.detach()
     prompt = torch.stack([table[7] * 40, table[3] * 0.5, table[NUM_PIECES]])
     metadata = PromptMetadata(
-        backbone_fingerprint=identity(model),
+        backbone_fingerprint=identity.fingerprint,
         backbone="some/t5",
         tokenizer_fingerprint="t",
         task="vader-movies",

@@ -4,36 +4,45 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from softprompt_dist.backbone.base import Backbone
 from softprompt_dist.backbone.load import load_tokenizer
 from softprompt_dist.data.batching import TokenExample
 from softprompt_dist.prompt.module import SoftPrompt
 from softprompt_dist.run.scoring import LabelSet, Scorer
+from tests.models import plain_model
 from tests.stage import Stage
 
 FAMILIES = ["seq2seq", "causal"]
 
 
 @pytest.fixture(scope="module")
-def stages(tiny_t5: Path, tiny_llama: Path) -> dict[str, Stage]:
-    return {"seq2seq": Stage(tiny_t5), "causal": Stage(tiny_llama)}
+def stages(lively_t5: Path, lively_llama: Path) -> dict[str, Stage]:
+    return {"seq2seq": Stage(lively_t5), "causal": Stage(lively_llama)}
 
 
-def log_likelihood(backbone: Backbone, prompt: SoftPrompt, row: TokenExample, ids: Tensor) -> float:
+@cache
+def plain(stage: Stage) -> Any:
+    """The Hugging Face model of a stage's weights."""
+    return plain_model(Path(stage.backbone.path))
+
+
+def log_likelihood(stage: Stage, row: TokenExample, ids: Tensor) -> float:
     """Of one label after one row, by the Hugging Face model alone, without any padding."""
-    embed = backbone.model.get_input_embeddings()
+    model, prompt = plain(stage), stage.prompt
+    embed = model.get_input_embeddings()
     start = torch.cat([prompt.weight, embed(torch.tensor(row.input_ids))])[None]
-    if backbone.family == "seq2seq":
-        logits_TV = backbone.model(inputs_embeds=start, labels=ids[None]).logits[0]
+    if stage.backbone.family == "seq2seq":
+        logits_TV = model(inputs_embeds=start, labels=ids[None]).logits[0]
     else:
         embeds = torch.cat([start, embed(ids)[None]], dim=1)
-        logits_TV = backbone.model(inputs_embeds=embeds).logits[0, start.shape[1] - 1 : -1]
+        logits_TV = model(inputs_embeds=embeds).logits[0, start.shape[1] - 1 : -1]
     return float(logits_TV.log_softmax(-1).gather(1, ids[:, None]).sum())
 
 
@@ -43,10 +52,7 @@ def test_rank_takes_the_label_of_greatest_likelihood(stages: dict[str, Stage], f
     stage = stages[family]
     expected = []
     for row in stage.rows:
-        scores = [
-            log_likelihood(stage.backbone, stage.prompt, row, torch.tensor(ids))
-            for ids in stage.labels.ids
-        ]
+        scores = [log_likelihood(stage, row, torch.tensor(ids)) for ids in stage.labels.ids]
         expected.append(stage.labels.texts[scores.index(max(scores))])
     assert len(set(expected)) > 1
     assert stage.scorer("rank", 8).predict(stage.prompt, stage.rows) == expected
@@ -60,10 +66,7 @@ def test_rank_with_labels_of_one_token_each(stages: dict[str, Stage]) -> None:
     scorer = Scorer(stage.backbone, stage.tokenizer, labels, "rank", 8)
     expected = []
     for row in stage.rows:
-        scores = [
-            log_likelihood(stage.backbone, stage.prompt, row, torch.tensor([piece]))
-            for piece in pieces
-        ]
+        scores = [log_likelihood(stage, row, torch.tensor([piece])) for piece in pieces]
         expected.append(str(pieces[scores.index(max(scores))]))
     assert len(set(expected)) > 1
     assert scorer.predict(stage.prompt, stage.rows) == expected
@@ -71,9 +74,10 @@ def test_rank_with_labels_of_one_token_each(stages: dict[str, Stage]) -> None:
 
 def generated_ids(stage: Stage, row: TokenExample, eos_id: int = 1) -> list[int]:
     """New tokens of `generate`, which stops after `eos_id`."""
-    embed = stage.backbone.model.get_input_embeddings()
+    model = plain(stage)
+    embed = model.get_input_embeddings()
     embeds = torch.cat([stage.prompt.weight, embed(torch.tensor(row.input_ids))])[None]
-    ids = stage.backbone.model.generate(
+    ids = model.generate(
         inputs_embeds=embeds,
         attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
         max_new_tokens=max(len(ids) for ids in stage.labels.ids),
