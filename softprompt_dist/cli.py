@@ -17,6 +17,7 @@ VERBS = {
     "adapt": "train all weights of a T5 v1.1 on plain text",
     "evaluate": "score a prompt file on a task",
     "inspect": "show what a prompt file is and what its rows are near to",
+    "convert": "write a bf16 or int8 copy of a backbone, which loads faster",
     "plan": "choose how to hold a backbone: memory, traffic, time",
     "doctor": "check this machine before a run",
 }

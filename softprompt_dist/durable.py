@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
+import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -38,8 +43,54 @@ def replace_file(path: Path, content: bytes) -> None:
 
 def flush_folder(folder: Path) -> None:
     """Make the names in `folder` durable: a rename alone may be lost with the power."""
+    with _opened(folder) as descriptor:
+        os.fsync(descriptor)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` that becomes `path` when the block ends without an error.
+
+    Otherwise it is deleted; what a killed process left of its own is deleted here. Each file put
+    there must have been flushed (`write_file`).
+
+    Raises:
+        OSError: the disk is full, the folder may not be written, or `path` is there and not empty.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _delete_leftovers(path)
+    temporary = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex}")
+    temporary.mkdir()
+    try:
+        with _opened(temporary) as descriptor:
+            with suppress(OSError):  # a file system without locks: nothing is deleted there, either
+                _lock(descriptor)
+            yield temporary
+            os.fsync(descriptor)
+            os.rename(temporary, path)  # an empty folder gives way, any other stays
+        flush_folder(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _delete_leftovers(path: Path) -> None:
+    ours = re.compile(rf"\.tmp-{re.escape(path.name)}-[0-9a-f]{{32}}")
+    for folder in path.parent.iterdir():
+        if ours.fullmatch(folder.name) and folder.is_dir():
+            with suppress(OSError), _opened(folder) as descriptor:
+                _lock(descriptor)
+                shutil.rmtree(folder)
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[int]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int) -> None:
+    """The system frees it with the process. OSError if another holds it, or there are no locks."""
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -5,19 +5,19 @@ Axes: R rows, C columns, N bytes of a row, V vocabulary, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from softprompt_dist.backbone.arrival import slot_sums
 from softprompt_dist.backbone.base import Backbone, CausalBackbone, Identity, Seq2SeqBackbone
 from softprompt_dist.backbone.checkpoint_reader import CheckpointReader
 from softprompt_dist.backbone.embedding import FrozenEmbedding
 from softprompt_dist.backbone.engine import engine_config
 from softprompt_dist.backbone.fingerprint import fingerprint
-from softprompt_dist.backbone.flat_weights import FrozenBlock, Slot
+from softprompt_dist.backbone.flat_weights import FrozenBlock
 from softprompt_dist.backbone.formats import Int8Rows, PlainRows, RowFormat
 from softprompt_dist.backbone.inventory import Inventory
 from softprompt_dist.backbone.layers import FrozenLinear
@@ -26,10 +26,7 @@ from softprompt_dist.config import BackboneConfig
 from softprompt_dist.parallel import ranks
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_SECOND_FEED_FORWARD = ("wo", "down_proj", "dense_4h_to_h", "fc2")
 _BITSANDBYTES = ("llm_int8", "nf4")
-_READ_BYTES = 16 * 2**20
-"""Rows are read, converted and copied in pieces of about this size."""
 
 
 def fill(
@@ -45,8 +42,9 @@ def fill(
     """
     skeleton = inventory.skeleton
     _fill_buffers(inventory, DTYPES[config.dtype])
+    quantizable = skeleton.quantizable(config.quantized_layers)
     for name in skeleton.blocks:
-        _lay_out(inventory, name, config)
+        _lay_out(inventory, name, config, quantizable)
     shape = Seq2SeqBackbone if inventory.config.is_encoder_decoder else CausalBackbone
     embedding, identity = embedding_of(inventory, config), identity_of(inventory, config)
     backbone = shape(skeleton.model, embedding, inventory.config, identity)
@@ -83,21 +81,6 @@ def encoded_rows(reader: CheckpointReader, stored: str, format: RowFormat, rows:
     return format.encode(reader.rows(stored, rows.start, rows.stop))
 
 
-def pieces(slot: Slot, first_byte: int, last_byte: int) -> Iterator[range]:
-    """The rows of a slot that a range of its block's bytes touches, some at a time."""
-    first, last = slot.rows_between(first_byte, last_byte)
-    step = max(1, _READ_BYTES // slot.row_bytes)
-    for start in range(first, last, step):
-        yield range(start, min(last, start + step))
-
-
-def overlap(slot: Slot, rows: range, first_byte: int, last_byte: int) -> tuple[int, int]:
-    """Bytes of the block that both these rows and the range hold."""
-    start = slot.start + rows.start * slot.row_bytes
-    end = slot.start + rows.stop * slot.row_bytes
-    return max(first_byte, start), min(last_byte, end)
-
-
 def _fill_parts(
     backbone: Backbone,
     inventory: Inventory,
@@ -117,36 +100,33 @@ def _fill_parts(
     sharder = BlockSharder(backbone.engine_config, backbone.traffic, group)
     for block in blocks.values():
 
-        def read(first: int, last: int, block: FrozenBlock = block) -> Tensor:
-            part = torch.empty(last - first, dtype=torch.uint8)
-            _copy_range(part, first, block, inventory)
-            return part
+        def fill_part(into: Tensor, first_byte: int, block: FrozenBlock = block) -> None:
+            _copy_range(into, first_byte, block, inventory)
 
-        block.hold(sharder.shard(block.num_bytes, read))
+        block.hold(sharder.shard(block.num_bytes, fill_part))
 
 
 def _copy_range(into: Tensor, first_byte: int, block: FrozenBlock, inventory: Inventory) -> None:
-    last_byte = first_byte + len(into)
+    """Fill `into` with the block's bytes from `first_byte` on, and note their sums."""
+    last_byte = min(first_byte + len(into), block.num_bytes)
     for slot in block.slots:
         stored = inventory.stored[slot.name]
-        for rows in pieces(slot, first_byte, last_byte):
+        for rows in slot.pieces(first_byte, last_byte):
+            start, end = slot.place(rows, first_byte, last_byte)
             encoded = encoded_rows(inventory.reader, stored, slot.format, rows).view(-1)
-            start, end = overlap(slot, rows, first_byte, last_byte)
-            row_start = slot.start + rows.start * slot.row_bytes
-            into[start - first_byte : end - first_byte] = encoded[
-                start - row_start : end - row_start
-            ]
+            skipped = start - slot.start - rows.start * slot.row_bytes
+            into[start - first_byte : end - first_byte] = encoded[skipped : skipped + end - start]
+        inventory.sums[slot.name] = slot_sums(slot, into, first_byte)
 
 
-def _lay_out(inventory: Inventory, block_name: str, config: BackboneConfig) -> None:
+def _lay_out(
+    inventory: Inventory, block_name: str, config: BackboneConfig, quantizable: set[str]
+) -> None:
     skeleton = inventory.skeleton
     block, linears = skeleton.blocks[block_name], skeleton.linears[block_name]
-    is_head = block_name == list(skeleton.blocks)[-1]
     plain = PlainRows(DTYPES[config.dtype])
     for holder, attribute, linear in linears:
-        keep = is_head or (
-            config.quantized_layers == "blocks_without_wo" and attribute in _SECOND_FEED_FORWARD
-        )
+        keep = linear.name not in quantizable
         if config.quantization in _BITSANDBYTES and not keep:
             setattr(holder, attribute, _bitsandbytes_layer(inventory, linear, config))
             continue

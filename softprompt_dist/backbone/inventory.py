@@ -28,6 +28,8 @@ class Inventory:
     """The model's Hugging Face config."""
     stored: dict[str, str] = field(default_factory=dict)
     """Name in the model -> name in the checkpoint, for every tensor of the model."""
+    sums: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Name of a slot -> how many of its bytes this rank has read, and their sum."""
 
 
 def take_inventory(skeleton: Skeleton, reader: CheckpointReader, config: Any) -> Inventory:
@@ -43,9 +45,9 @@ def take_inventory(skeleton: Skeleton, reader: CheckpointReader, config: Any) ->
     wanted = dict(_wanted(skeleton))
     by_name = {skeleton.aliases.get(name, name): name for name in reader.shapes}
     by_name |= {name: name for name in reader.shapes}
-    head = _head_name(skeleton)
-    if head not in by_name and not skeleton.has_own_head and skeleton.embedding in by_name:
-        by_name[head] = by_name[skeleton.embedding]
+    shares_table = not skeleton.has_own_head and skeleton.embedding in by_name
+    if shares_table and skeleton.head not in by_name:
+        by_name[skeleton.head] = by_name[skeleton.embedding]
     missing = sorted(name for name in wanted if name not in by_name)
     if skeleton.embedding not in by_name:
         missing.append(skeleton.embedding)
@@ -65,16 +67,12 @@ def _wanted(skeleton: Skeleton) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield name, tuple(getattr(module, attribute).shape)
 
 
-def _head_name(skeleton: Skeleton) -> str:
-    return f"{list(skeleton.blocks)[-1]}.weight"
-
-
 def _missing(missing: list[str], reader: CheckpointReader, skeleton: Skeleton) -> str:
     message = (
         f"Backbone {reader.folder} lacks {len(missing)} tensors that its config.json asks for: "
         f"{missing[:5]}. "
     )
-    if _head_name(skeleton) in missing:
+    if skeleton.head in missing:
         message += (
             "The config promises a head of its own, which is not the embedding; without it, a "
             "prompt tuned on this backbone would be worthless. "

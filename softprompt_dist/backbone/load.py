@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from softprompt_dist.config import BackboneConfig
 from softprompt_dist.errors import BackboneError
 from softprompt_dist.parallel import ranks
 from softprompt_dist.parallel.groups import shard_group
+
+log = logging.getLogger(__name__)
 
 _DROPOUT_NAMES = (
     "dropout_rate",
@@ -75,6 +78,7 @@ def load_backbone(config: BackboneConfig, ds_config: dict[str, Any] | None = Non
     """
     folder = locate_backbone(config)
     inventory = ranks.together(lambda: inventory_of(folder, config))
+    _warn_of_int8_held_otherwise(inventory, config)
     group = shard_group(config.shard_group) if config.sharding == "zero3" else None
     # No collective while reading: a rank that meets a damaged file leaves no other waiting.
     backbone = ranks.together(lambda: fill(inventory, config, ds_config, group))
@@ -107,6 +111,23 @@ def inventory_of(folder: Path, config: BackboneConfig) -> Inventory:
     if model_config.is_encoder_decoder and model_config.decoder_start_token_id is None:
         raise BackboneError(f"{folder}/config.json needs decoder_start_token_id (0 for T5).")
     return take_inventory(skeleton, reader, model_config)
+
+
+def _warn_of_int8_held_otherwise(inventory: Inventory, config: BackboneConfig) -> None:
+    held_as_int8: set[str] = set()
+    if config.quantization == "int8":
+        held_as_int8 = inventory.skeleton.quantizable(config.quantized_layers)
+    stored_as_int8 = {n for n, s in inventory.stored.items() if inventory.reader.is_quantized(s)}
+    otherwise = sorted(stored_as_int8 - held_as_int8)
+    if otherwise and ranks.is_main():
+        log.warning(
+            "%s stores %d matrices as int8 that this run does not hold as int8, such as %s: their "
+            "values are those of int8 all the same. Set quantization=int8 with the quantized_layers"
+            " of the copy, or backbone.path to the original checkpoint.",
+            inventory.reader.folder,
+            len(otherwise),
+            otherwise[0],
+        )
 
 
 def _locate(config: BackboneConfig) -> Path:

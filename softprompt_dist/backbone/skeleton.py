@@ -23,6 +23,7 @@ from softprompt_dist.errors import BackboneError
 
 HEAD = "lm_head"
 _T5_TYPES = ("t5", "mt5")
+_SECOND_FEED_FORWARD = ("wo", "down_proj", "dense_4h_to_h", "fc2")
 _LARGEST_BUFFER = 2**22
 """Elements that a tensor in a block may have and not be cut over the ranks."""
 
@@ -44,6 +45,21 @@ class Skeleton:
     """Tensor's name -> the module that holds it and the attribute there."""
     aliases: dict[str, str] = field(default_factory=dict)
     """Another name under which a checkpoint may hold a tensor -> its name here."""
+
+    @property
+    def head(self) -> str:
+        """Name of the head's matrix."""
+        return f"{list(self.blocks)[-1]}.weight"
+
+    def quantizable(self, quantized_layers: str) -> set[str]:
+        """Names of the matrices that `backbone.quantized_layers` chooses; never the head."""
+        *repeated, _head = self.linears.values()
+        return {
+            linear.name
+            for linears in repeated
+            for _, attribute, linear in linears
+            if quantized_layers == "blocks" or attribute not in _SECOND_FEED_FORWARD
+        }
 
 
 def build_skeleton(config: PretrainedConfig) -> Skeleton:

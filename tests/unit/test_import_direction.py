@@ -41,6 +41,7 @@ LIGHT = [
     "durable",
     "doctor",
     "parallel/verb",
+    "convert",
     "plan",
     "backbone/architecture",
     "backbone/known_architectures",
