@@ -1,95 +1,130 @@
 from __future__ import annotations
 
-import importlib.metadata
-import re
-from pathlib import Path
+import dataclasses
+import os
+from collections.abc import Callable
 
 import pytest
 
 from softprompt_dist import doctor
-from softprompt_dist.doctor import TESTED_VERSIONS, Finding, check_versions, table
+from softprompt_dist.checks.finding import ChecksFailedError, Finding, table, verdict
+from softprompt_dist.checks.world import World, world_to_check
+from softprompt_dist.errors import ConfigError, MachineError
 
-REPOSITORY = Path(__file__).parents[2]
-
-
-def statuses(findings: list[Finding]) -> dict[str, str]:
-    return {finding.name: finding.status for finding in findings}
-
-
-def test_tested_versions_are_those_of_the_constraints_file() -> None:
-    constraints = (REPOSITORY / "constraints.txt").read_text()
-    pinned = dict(re.findall(r"^([\w-]+)==([^\s;]+)", constraints, flags=re.MULTILINE))
-    assert TESTED_VERSIONS.items() <= pinned.items()
-
-
-def test_versions_as_tested_are_ok() -> None:
-    local = {name: f"{version}+cpu" for name, version in TESTED_VERSIONS.items()}
-    assert set(statuses(check_versions(local.__getitem__)).values()) == {"ok"}
-
-
-def test_other_versions_warn_and_missing_or_unsafe_ones_fail() -> None:
-    def version_of(name: str) -> str:
-        if name == "deepspeed":
-            raise importlib.metadata.PackageNotFoundError(name)
-        return {"torch": "2.9.1", "transformers": "4.57.0"}.get(name, TESTED_VERSIONS[name])
-
-    findings = check_versions(version_of)
-    found = statuses(findings)
-    assert (found["deepspeed"], found["torch"], found["transformers"]) == ("fail", "fail", "warn")
-    assert all(finding.remedy for finding in findings if finding.status != "ok")
-
-
-def test_a_dead_builder_s_lock_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    assert statuses(doctor.check_build_locks()) == {"build locks": "ok"}
-    lock = tmp_path / "some_op" / "lock"
-    lock.parent.mkdir()
-    lock.touch()
-    (finding,) = doctor.check_build_locks()
-    assert finding.status == "fail"
-    assert f"rm '{lock}'" in finding.remedy
-    with lock.open():
-        assert doctor.check_build_locks()[0].status == "warn"
-
-
-def test_folders_are_tried_by_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (finding,) = doctor.check_folder("run directory", tmp_path / "not" / "yet")
-    assert finding.status == "ok"
-    assert list(tmp_path.iterdir()) == []
-
-    def full(path: Path, content: bytes) -> None:
-        raise OSError(28, "No space left on device", str(path))
-
-    monkeypatch.setattr("softprompt_dist.durable.replace_file", full)
-    (finding,) = doctor.check_folder("run directory", tmp_path)
-    assert finding.status == "fail"
-    assert "No space left" in finding.found
-
-
-@pytest.mark.parametrize(("status", "code"), [("ok", None), ("warn", None), ("fail", 1)])
-def test_exit_code_tells_whether_a_check_failed(
-    status: str,
-    code: int | None,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    collective = Finding("collective", status, "measured", "" if status == "ok" else "do this")
-    monkeypatch.setattr(doctor, "machine_findings", lambda run_directory: [])
-    monkeypatch.setattr(doctor, "check_collective", lambda debug: [collective])
-    try:
-        doctor.main(["--run-dir", str(tmp_path)])
-        found = None
-    except SystemExit as ended:
-        found = ended.code
-    assert found == code
-    assert re.search(rf"^{status} +collective +measured$", capsys.readouterr().out, re.MULTILINE)
+OK = Finding("memory", "ok", "much")
+WARNED = Finding("disk", "warn", "slow", "Use another.")
+FAILED = Finding("build lock", "fail", "stale", "Delete it.")
+LAUNCHED = {
+    "RANK": "3",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "4",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "n1",
+    "MASTER_PORT": "29500",
+}
 
 
 def test_table_puts_the_remedy_below_its_finding() -> None:
-    text = table([Finding("cores", "ok", "2"), Finding("memory", "warn", "1 GiB", "Close some.")])
+    text = table([OK, dataclasses.replace(WARNED, remedy="Use another.\nOr wait.")])
     assert [line.split() for line in text.splitlines()] == [
-        ["ok", "cores", "2"],
-        ["warn", "memory", "1", "GiB"],
-        ["->", "Close", "some."],
+        ["ok", "memory", "much"],
+        ["warn", "disk", "slow"],
+        ["->", "Use", "another."],
+        ["Or", "wait."],
     ]
+
+
+def test_verdict_counts_warnings_and_names_what_failed() -> None:
+    assert verdict([OK]) == "No check failed; no warnings."
+    assert verdict([OK, WARNED]) == "No check failed; 1 warning."
+    with pytest.raises(ChecksFailedError, match=r"^1 check failed \(build lock\)") as error:
+        verdict([OK, FAILED, FAILED, WARNED])
+    assert error.value.exit_code == 1
+
+
+@pytest.fixture
+def run_doctor(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    lone_process: None,
+) -> Callable[..., str]:
+    """`run_doctor(findings of the machine, *arguments)`: what it prints; nothing is measured."""
+    monkeypatch.setattr(doctor, "disk_findings", lambda job, world: [])
+
+    def run(machine: list[Finding], *arguments: str) -> str:
+        monkeypatch.setattr(doctor, "machine_findings", lambda job, world: machine)
+        doctor.main(list(arguments))
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_warnings_do_not_fail_and_failures_do(run_doctor: Callable[..., str]) -> None:
+    said = run_doctor([OK, WARNED])
+    assert "warn  disk" in said
+    assert "communication" in said
+    assert said.endswith("warning.\n")
+    with pytest.raises(ChecksFailedError, match="build lock"):
+        run_doctor([OK, FAILED])
+
+
+def test_without_the_libraries_nothing_else_is_tried(
+    run_doctor: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    missing = Finding("torch", "fail", "not installed", "Install it.")
+    monkeypatch.setattr(doctor, "check_versions", lambda: [missing])
+    with pytest.raises(ChecksFailedError, match="torch"):
+        run_doctor([FAILED])
+    said = capsys.readouterr().out
+    assert "-> Install it." in said
+    assert "build lock" not in said
+
+
+def test_ranks_of_its_own_are_started_and_judged(
+    run_doctor: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+
+    def fake(num_ranks: int, *, timeout_seconds: float, debug: bool) -> list[Finding]:
+        started.append((num_ranks, timeout_seconds))
+        return [Finding("communication", "fail", "3 local ranks", "Rank 1 was killed.")]
+
+    monkeypatch.setattr("softprompt_dist.checks.local_ranks.check_local_communication", fake)
+    with pytest.raises(ChecksFailedError, match="communication"):
+        run_doctor([OK], "--ranks", "3", "--timeout", "7")
+    assert started == [(3, 7.0)]
+
+
+def test_a_recipe_that_cannot_be_read_is_a_finding(run_doctor: Callable[..., str]) -> None:
+    with pytest.raises(ChecksFailedError, match="recipe"):
+        run_doctor([OK], "--recipe", "dmeo")
+
+
+def test_problems_of_other_machines_are_told_with_their_name() -> None:
+    nodes = [("n1", [OK, WARNED]), ("n1", []), ("n2", [OK, FAILED])]
+    (found,) = doctor._problems_elsewhere(nodes)
+    assert found == dataclasses.replace(FAILED, name="build lock on n2")
+
+
+def test_the_world_is_the_launcher_s_or_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [*LAUNCHED, "SLURM_PROCID", "SLURM_NTASKS"]:
+        monkeypatch.delenv(name, raising=False)
+    environ = dict(os.environ)
+    assert world_to_check(None, environ) == World(1, 1, launched=False)
+    assert world_to_check(3, environ) == World(3, 3, launched=False)
+    world = world_to_check(None, environ | LAUNCHED)
+    assert world == World(4, 2, launched=True, local_rank=1)
+    assert (world.cluster.gpus_per_node, world.cluster.nodes) == (2, 2)
+    assert not world.looks_at_machine
+    assert "RANK" not in environ, "joining fills them in, looking does not"
+
+
+def test_a_world_that_cannot_be_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--ranks is 0"):
+        world_to_check(0, {})
+    with pytest.raises(ConfigError, match="--ranks is 2, but a launcher has started 4"):
+        world_to_check(2, LAUNCHED)
+    with pytest.raises(MachineError, match="without MASTER_PORT"):
+        world_to_check(None, {k: v for k, v in LAUNCHED.items() if k != "MASTER_PORT"})

@@ -18,6 +18,7 @@ FOLDERS = {
     "backbone": {"parallel", "data"},
     "run": {"parallel", "data", "prompt", "backbone"},
     "planning": {"backbone"},
+    "checks": {"parallel", "data", "prompt", "backbone", "run", "planning"},
 }
 """Folder -> the other folders it may import."""
 
@@ -40,6 +41,9 @@ LIGHT = [
     "recipe",
     "durable",
     "doctor",
+    "checks/finding",
+    "checks/software",
+    "checks/job",
     "parallel/verb",
     "convert",
     "plan",

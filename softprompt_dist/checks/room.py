@@ -1,0 +1,80 @@
+"""Whether the model with its activations fits, by the same arithmetic as `softprompt plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import torch
+
+from softprompt_dist.backbone.architecture import architecture_of
+from softprompt_dist.backbone.memory_model import (
+    Cell,
+    Cluster,
+    Workload,
+    check_memory,
+    predict_memory,
+)
+from softprompt_dist.checks.finding import Finding
+from softprompt_dist.checks.job_files import read_config
+from softprompt_dist.checks.machine import on_gpu
+from softprompt_dist.config import AdaptConfig, TuneConfig
+from softprompt_dist.errors import BackboneError, MachineError
+from softprompt_dist.parallel import ranks
+from softprompt_dist.planning.host_memory import host_bytes
+
+
+def check_room(config: TuneConfig | AdaptConfig, folder: Path, cluster: Cluster) -> list[Finding]:
+    """The predicted peak of a step against the memory of the GPU and of the host."""
+    if not isinstance(config, TuneConfig):
+        return []  # the prediction is about frozen weights
+    try:
+        architecture = architecture_of(config.backbone.path, read_config(folder))
+    except BackboneError as error:
+        return [Finding("room", "ok", f"not predicted: {error}")]
+    cell = Cell.of(config.backbone)
+    workload = Workload(
+        micro_batch=config.batch.micro_batch_size,
+        prompt_length=config.prompt.prompt_length,
+        input_length=config.backbone.max_input_tokens,
+    )
+    memory = predict_memory(architecture, cell, workload, cluster)
+    on_host = host_bytes(architecture, cell, cluster)
+    if not on_gpu():
+        return [_host_finding(on_host + cluster.gpus_per_node * memory.allocated)]
+    free, total = gpu_memory()
+    found = f"{memory.total / 1e9:.1f} GB predicted, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
+    try:
+        check_memory(architecture, cell, workload, cluster, total)
+    except MachineError as error:
+        return [Finding("room on the GPU", "fail", found, str(error)), _host_finding(on_host)]
+    remedy = "Another process holds the rest; nvidia-smi names it." if memory.total > free else ""
+    on_device = Finding("room on the GPU", "warn" if remedy else "ok", found, remedy)
+    return [on_device, _host_finding(on_host)]
+
+
+def gpu_memory() -> tuple[int, int]:
+    """Bytes free and bytes in all, of this rank's GPU."""
+    # Not of the others: asking would open them, too, and some sites allow one process each.
+    free, total = torch.cuda.mem_get_info(ranks.device())
+    return free, total
+
+
+def host_memory() -> tuple[int, int]:
+    """Bytes free and bytes in all, of this machine."""
+    memory = psutil.virtual_memory()
+    return memory.available, memory.total
+
+
+def _host_finding(needed: int) -> Finding:
+    free, total = host_memory()
+    found = f"{needed / 1e9:.1f} GB predicted, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
+    if needed > total:
+        remedy = (
+            "The ranks of this machine would be killed. Start fewer, lower batch.micro_batch_size, "
+            "or hold the backbone in fewer bytes (`softprompt plan` shows what fits)."
+        )
+        return Finding("room on the host", "fail", found, remedy)
+    if needed > free:
+        return Finding("room on the host", "warn", found, "End other programs first.")
+    return Finding("room on the host", "ok", found)
