@@ -21,8 +21,8 @@ T = TypeVar("T")
 
 SCALE_SUFFIX = "_scale"
 """Behind the name of an int8 tensor: its rows' scales, fp32 (as `softprompt convert` writes)."""
-_REOPEN_BYTES = 256 * 2**20
-"""Mapped pages count as this process's memory; closing a file gives them back."""
+_MAPPED_BYTES = 64 * 2**20
+"""Mapped pages count as this process's memory; closing the files gives them back."""
 _UNREADABLE = (SafetensorError, OSError, RuntimeError, EOFError, KeyError, ValueError)
 
 
@@ -63,6 +63,7 @@ class CheckpointReader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files = [_open(path) for path in checkpoint_files(folder)]
+        self._bytes_read = 0
         self._file_of = {name: file for file in self._files for name in file.shapes}
 
     @property
@@ -110,16 +111,21 @@ class CheckpointReader:
         return self._file_of[name].mapped(name)
 
     def close(self) -> None:
-        """Give the mapped pages back."""
+        """Give the mapped pages back; the next read maps again."""
+        self._bytes_read = 0
         for file in self._files:
             file.close()
 
     def _stored(self, name: str, first: int, last: int) -> Tensor:
-        return self._file_of[name].rows(name, first, last)
+        if self._bytes_read > _MAPPED_BYTES:
+            self.close()
+        rows = self._file_of[name].rows(name, first, last)
+        self._bytes_read += rows.numel() * rows.element_size()
+        return rows
 
 
 class _File:
-    """One weight file, opened again from time to time so that its pages do not pile up."""
+    """One weight file."""
 
     shapes: Mapping[str, tuple[int, ...]]
     metadata: dict[str, str]
@@ -127,15 +133,10 @@ class _File:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._mapped: Any = None
-        self._bytes_read = 0
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
         """A view [R, C] of rows of a tensor."""
-        if self._bytes_read > _REOPEN_BYTES:
-            self.close()
-        rows = self._guarded(lambda: self._slice(name, first, last))
-        self._bytes_read += rows.numel() * rows.element_size()
-        return rows.reshape(last - first, -1)
+        return self._guarded(lambda: self._slice(name, first, last)).reshape(last - first, -1)
 
     def mapped(self, name: str) -> Tensor:
         """A view of a whole tensor that stays valid when this file is closed."""
@@ -147,7 +148,6 @@ class _File:
     def close(self) -> None:
         """Unmap; the next read maps again."""
         self._mapped = None
-        self._bytes_read = 0
 
     def _slice(self, name: str, first: int, last: int) -> Tensor:
         raise NotImplementedError

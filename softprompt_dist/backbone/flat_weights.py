@@ -18,8 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 from softprompt_dist.backbone.formats import PlainRows, RowFormat
 
-_ALIGNMENT = 64
-"""Bytes; each weight starts at a multiple, so that it can be seen as numbers of any type."""
+ALIGNMENT = 64
+"""Bytes; weights and parts start at multiples, so that they can be seen as numbers of any type."""
+_PIECE_BYTES = 4 * 2**20
+"""Rows are read, converted and copied in pieces of about this size, which a cache holds."""
 
 
 @dataclass
@@ -54,6 +56,16 @@ class Slot:
         num_bytes = self.num_rows * self.row_bytes
         return self.flat.narrow(0, self.start, num_bytes).view(self.num_rows, -1)
 
+    def pieces(self, first_byte: int, last_byte: int) -> Iterator[range]:
+        """The rows that a range of the block's bytes touches, a few at a time."""
+        return row_ranges(*self.rows_between(first_byte, last_byte), self.row_bytes)
+
+    def place(self, rows: range, first_byte: int, last_byte: int) -> tuple[int, int]:
+        """The bytes of the block that both the rows and the range hold."""
+        start = self.start + rows.start * self.row_bytes
+        end = self.start + rows.stop * self.row_bytes
+        return max(first_byte, start), min(last_byte, end)
+
     def rows_between(self, first_byte: int, last_byte: int) -> tuple[int, int]:
         """Rows that a range of the block's bytes touches; an empty range where it touches none."""
         first = max(first_byte, self.start) - self.start
@@ -61,6 +73,13 @@ class Slot:
         if first >= last:
             return 0, 0
         return first // self.row_bytes, -(-last // self.row_bytes)
+
+
+def row_ranges(first: int, last: int, row_bytes: int) -> Iterator[range]:
+    """The rows from `first` to `last` (exclusive), a few at a time."""
+    step = max(1, _PIECE_BYTES // row_bytes)
+    for start in range(first, last, step):
+        yield range(start, min(last, start + step))
 
 
 class FrozenBlock(nn.Module):
@@ -108,7 +127,7 @@ class FrozenBlock(nn.Module):
 
     def add_slot(self, name: str, format: RowFormat, num_rows: int, num_columns: int) -> Slot:
         """Reserve room for a weight behind the others."""
-        start = -(-self.num_bytes // _ALIGNMENT) * _ALIGNMENT
+        start = -(-self.num_bytes // ALIGNMENT) * ALIGNMENT
         slot = Slot(name, format, num_rows, num_columns, start)
         self.slots.append(slot)
         return slot

@@ -73,11 +73,12 @@ class Int8Rows:
 
     def encode(self, values_RC: Tensor) -> Tensor:
         """See `RowFormat`."""
-        values_RC = values_RC.float()
-        scale_R = values_RC.abs().amax(dim=1) / _LARGEST_INT8
+        lowest_R, greatest_R = torch.aminmax(values_RC.detach(), dim=1)
+        scale_R = torch.maximum(-lowest_R, greatest_R).float() / _LARGEST_INT8
         # A row of zeros is stored as zeros, whatever its scale.
         divisor_R = torch.where(scale_R > 0, scale_R, torch.ones_like(scale_R))
-        return self.join((values_RC / divisor_R[:, None]).round().to(torch.int8), scale_R)
+        quantized_RC = (values_RC / divisor_R[:, None]).round_().to(torch.int8)
+        return self.join(quantized_RC, scale_R)
 
     @staticmethod
     def join(quantized_RC: Tensor, scale_R: Tensor) -> Tensor:

@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from softprompt_dist.backbone.flat_weights import ALIGNMENT
 from softprompt_dist.backbone.traffic import Traffic
 
-Fill = Callable[[int, int], torch.Tensor]
-"""First and last byte of a range -> these bytes, uint8."""
+Fill = Callable[[torch.Tensor, int], None]
+"""Writes the bytes from a first one on into a tensor."""
 
 
 class BlockSharder(deepspeed.zero.Init):
@@ -31,17 +32,12 @@ class BlockSharder(deepspeed.zero.Init):
         )
         self._traffic = traffic
 
-    def part_of(self, num_bytes: int) -> tuple[int, int]:
-        """First and last byte of this rank's part of a run; empty where the run is shorter."""
-        size = -(-num_bytes // self.dp_world_size)
-        return min(num_bytes, self.rank * size), min(num_bytes, (self.rank + 1) * size)
-
     def shard(self, num_bytes: int, fill: Fill) -> nn.Parameter:
-        """A parameter of `num_bytes` bytes; this rank's part is `fill(first, last)`."""
-        run = torch.empty(num_bytes, dtype=torch.uint8, device=self.local_device)
-        first, last = self.part_of(num_bytes)
-        if first < last:
-            run[first:last] = fill(first, last)
+        """A parameter of `num_bytes` (or a few more) of which `fill` writes this rank's part."""
+        size = -(-num_bytes // (self.dp_world_size * ALIGNMENT)) * ALIGNMENT
+        whole = size * self.dp_world_size
+        run = torch.empty(whole, dtype=torch.uint8, device=self.local_device)
+        fill(run[self.rank * size : (self.rank + 1) * size], self.rank * size)
         parameter = nn.Parameter(run, requires_grad=False)
         self._convert_to_zero_parameters([parameter])
         return parameter
