@@ -26,6 +26,7 @@ from benchmarks.report import Aim, Report, parser, settings_of
 from softprompt_dist.backbone.load import load_backbone
 from softprompt_dist.config import BackboneConfig
 from softprompt_dist.data.batching import TokenBatch
+from softprompt_dist.run.loss import token_loss
 
 PEER, PLAIN, OURS, OURS_INT8 = "Hugging Face + DeepSpeed", "Hugging Face", "ours", "ours int8"
 _NUM_LAYERS = 2
@@ -191,11 +192,7 @@ def gradient_difference(folder: Path, batch: TokenBatch, prompt_BPD: Tensor) -> 
         our_logits(folder, "fp32", batch),
     ):
         prompt = prompt_BPD.clone().requires_grad_()
-        labels = batch.labels_BT.flatten()
-        loss = functional.cross_entropy(
-            logits(prompt).flatten(0, 1), labels, ignore_index=IGNORED_LABEL
-        )
-        loss.backward()
+        token_loss(logits(prompt), batch.labels_BT).total.backward()
         assert prompt.grad is not None
         gradients.append(prompt.grad)
     theirs, ours = gradients
