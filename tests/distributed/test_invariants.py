@@ -35,7 +35,10 @@ def nudge_on_rank_1(tensor):
     if ranks.rank() == 1:
         with torch.no_grad():
             first = tensor.view(-1)[:1]
-            first.copy_(torch.nextafter(first, torch.full_like(first, torch.inf)))
+            if first.is_floating_point():
+                first.copy_(torch.nextafter(first, torch.full_like(first, torch.inf)))
+            else:
+                first.add_(1)
 
 
 def break_prompt_equality(recipe, folder):
@@ -65,14 +68,15 @@ def break_frozenness(recipe, ds_config):
             lambda r=run, c=checksum: assert_unchanged(r.backbone, c)
         )
         said[f"{sharding}, frozen"] = caught(lambda r=run: assert_only_prompt_trains(r))
-        weight.requires_grad_(True)
+        stray = torch.nn.Parameter(torch.ones(2))
+        run.backbone.model.encoder.block[0].register_parameter("stray", stray)
         said[f"{sharding}, trainable"] = caught(lambda r=run: assert_only_prompt_trains(r))
     return said
 
 
 def move_the_backbone_during_a_run(recipe, folder):
     def tamper(backbone, *arguments):
-        nudge_on_rank_1(backbone.model.lm_head.weight)
+        nudge_on_rank_1(backbone.model.lm_head.flat)
         return accumulate_gradient(backbone, *arguments)
 
     config = load_recipe(TuneConfig, recipe, [f"run_directory={folder}/moved", "steps=2"])
@@ -135,7 +139,7 @@ def test_only_the_prompt_may_train(broken, sharding):
         assert said[f"{sharding}, frozen"] is None
         kind, text, _ = said[f"{sharding}, trainable"]
         assert kind == "InvariantError"
-        assert "model.shared.weight" in text
+        assert "model.encoder.block.0.stray" in text
 
 
 def test_a_run_whose_backbone_moved_has_no_result(broken):

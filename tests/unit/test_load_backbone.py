@@ -7,16 +7,21 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812 - its usual name
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoModelForCausalLM
 
+from softprompt_dist.backbone.arrival import assert_all_arrived
 from softprompt_dist.backbone.base import Backbone
-from softprompt_dist.backbone.checkpoint_tensors import assert_all_arrived
-from softprompt_dist.backbone.load import load_backbone, load_tokenizer
+from softprompt_dist.backbone.filling import fill
+from softprompt_dist.backbone.flat_weights import Slot
+from softprompt_dist.backbone.load import inventory_of, load_backbone, load_tokenizer
 from softprompt_dist.config import BackboneConfig, TuneConfig
+from softprompt_dist.data.batching import TokenBatch
 from softprompt_dist.errors import BackboneError, ConfigError
 from softprompt_dist.recipe import load_recipe
 from tests.models import make_llama, make_t5
@@ -32,6 +37,10 @@ def t5_folder(tiny_t5: Path, tmp_path: Path) -> Path:
 
 def load(folder: Path | str, **settings: Any) -> Backbone:
     return load_backbone(BackboneConfig(path=str(folder), sharding="replicated", **settings))
+
+
+def slots_of(backbone: Backbone) -> dict[str, Slot]:
+    return {slot.name: slot for block in backbone.blocks() for slot in block.slots}
 
 
 def change_weights(folder: Path, change: Change) -> None:
@@ -50,8 +59,9 @@ def test_a_whole_t5_is_frozen_and_keeps_its_own_head(tiny_t5: Path) -> None:
     assert backbone.family == "seq2seq"
     assert (backbone.d_model, backbone.vocabulary_size) == (32, 256)
     assert not any(p.requires_grad for p in backbone.parameters())
-    assert torch.equal(backbone.model.lm_head.weight, stored["lm_head.weight"])
-    assert torch.equal(backbone.model.get_input_embeddings().weight, stored["shared.weight"])
+    head_VD = slots_of(backbone)["lm_head.weight"].bytes_RN.view(torch.float32)
+    assert torch.equal(head_VD, stored["lm_head.weight"])
+    assert torch.equal(backbone.embedding.table_VD, stored["shared.weight"])
     assert not torch.equal(stored["lm_head.weight"], stored["shared.weight"])
     assert not backbone.training
 
@@ -65,8 +75,18 @@ def test_a_llama_is_causal(tiny_llama: Path) -> None:
 def test_dropout_comes_from_the_recipe_not_from_the_checkpoint(tiny_t5: Path) -> None:
     assert json.loads((tiny_t5 / "config.json").read_text())["dropout_rate"] == 0.1
 
-    def rates(backbone: torch.nn.Module) -> set[float]:
-        return {m.p for m in backbone.modules() if isinstance(m, torch.nn.Dropout)}
+    def rates(backbone: Backbone) -> set[float]:
+        ids = torch.tensor([[3, 4, 1]])
+        batch = TokenBatch(ids, torch.ones_like(ids), ids, torch.ones_like(ids))
+        attention, dropout = F.scaled_dot_product_attention, F.dropout
+        with (
+            mock.patch.object(F, "scaled_dot_product_attention", wraps=attention) as attended,
+            mock.patch.object(F, "dropout", wraps=dropout) as dropped,
+        ):
+            backbone(torch.randn(1, 2, 32), batch)
+        assert bool(dropped.called) == backbone.training
+        rates = [call.args[1] for call in dropped.call_args_list]
+        return {*rates, *(call.kwargs["dropout_p"] for call in attended.call_args_list)}
 
     assert rates(load(tiny_t5)) == {0.0}
     with_dropout = load(tiny_t5, dropout=0.25)
@@ -79,27 +99,63 @@ def test_dropout_comes_from_the_recipe_not_from_the_checkpoint(tiny_t5: Path) ->
 )
 def test_a_weight_that_the_checkpoint_lacks_is_named(t5_folder: Path, name: str) -> None:
     change_weights(t5_folder, lambda w: {k: v for k, v in w.items() if k != name})
-    with pytest.raises(BackboneError, match="did not load whole") as failure:
+    with pytest.raises(
+        BackboneError, match="lacks 1 tensors that its config.json asks for"
+    ) as failure:
         load(t5_folder)
     assert name in str(failure.value)
+    assert str(t5_folder) in str(failure.value)
+    assert "Fetch the checkpoint again" in str(failure.value)
 
 
-def test_a_model_that_lost_a_value_is_named(tiny_t5: Path) -> None:
-    model = AutoModelForSeq2SeqLM.from_pretrained(str(tiny_t5))
-    assert_all_arrived(model, tiny_t5, tied_head=False)
-    with torch.no_grad():
-        model.encoder.block[0].layer[0].SelfAttention.q.weight[3, 4] += 1e-3
-    with pytest.raises(
-        BackboneError, match=r"encoder\.block\.0\.layer\.0\.SelfAttention\.q\.weight"
-    ):
-        assert_all_arrived(model, tiny_t5, tied_head=False)
+def assert_arrival_notices(folder: Path, name: str, change: Callable[[Backbone], None]) -> None:
+    """Arrival is proven before the change; after it the error names this tensor and no other."""
+    config = BackboneConfig(path=str(folder), sharding="replicated")
+    inventory = inventory_of(folder, config)
+    backbone = fill(inventory, config, None, None)
+    assert_all_arrived(backbone, inventory)
+    change(backbone)
+    with pytest.raises(BackboneError, match="did not load whole") as failure:
+        assert_all_arrived(backbone, inventory)
+    assert "0 tensors are not held" in str(failure.value)
+    assert f"(['{name}'])" in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "encoder.block.0.layer.0.SelfAttention.q.weight",
+        "decoder.block.1.layer.2.DenseReluDense.wo.weight",
+    ],
+)
+def test_a_matrix_that_lost_a_bit_is_named(tiny_t5: Path, name: str) -> None:
+    def lose(backbone: Backbone) -> None:
+        slots_of(backbone)[name].bytes_RN[3, 4].bitwise_xor_(1)
+
+    assert_arrival_notices(tiny_t5, name, lose)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "decoder.final_layer_norm.weight",
+        "encoder.block.1.layer.0.layer_norm.weight",
+        "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+    ],
+)
+def test_a_small_tensor_that_lost_a_value_is_named(tiny_t5: Path, name: str) -> None:
+    def lose(backbone: Backbone) -> None:
+        dict(backbone.held_tensors())[name].view(-1)[5] += 1e-3
+
+    assert_arrival_notices(tiny_t5, name, lose)
 
 
 def test_a_head_that_was_tied_behind_our_back_is_named(tiny_t5: Path) -> None:
-    model = AutoModelForSeq2SeqLM.from_pretrained(str(tiny_t5))
-    model.lm_head.weight = model.shared.weight
-    with pytest.raises(BackboneError, match=r"lm_head\.weight"):
-        assert_all_arrived(model, tiny_t5, tied_head=False)
+    def tie(backbone: Backbone) -> None:
+        head = slots_of(backbone)["lm_head.weight"]
+        head.bytes_RN.view(torch.float32).copy_(backbone.embedding.table_VD)
+
+    assert_arrival_notices(tiny_t5, "lm_head.weight", tie)
 
 
 def test_a_llama_whose_own_head_is_missing_is_refused(tmp_path: Path) -> None:
