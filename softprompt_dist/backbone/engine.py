@@ -31,6 +31,8 @@ _BELONGS_TO_RECIPE = {
     "gradient_clipping": "optimizer.clipping_threshold",
 }
 _SECTIONS = ("zero_optimization", "bf16", "fp16", OWN_SECTION)
+_LIVE_BLOCKS = 4
+"""The last block, the head, and two around them."""
 _NVME_BUFFERS = 4
 """Blocks whose parts are on their way from the disk at a time."""
 
@@ -76,15 +78,15 @@ def apply_engine_config(backbone: BackboneConfig, values: dict[str, Any]) -> Bac
 
 
 def engine_config(
-    backbone: BackboneConfig, values: dict[str, Any] | None, *, largest_part: int, head_bytes: int
+    backbone: BackboneConfig, values: dict[str, Any] | None, *, largest_block: int, num_parts: int
 ) -> dict[str, Any]:
     """What DeepSpeed is given for a sharded backbone: the ds_config, completed.
 
     Args:
         backbone: the recipe's section.
         values: the ds_config, or None.
-        largest_part: bytes of the largest part that a rank holds of a block.
-        head_bytes: size of the head.
+        largest_block: bytes of the largest block, the head included.
+        num_parts: into how many parts each is cut.
     """
     base = {} if values is None else {k: v for k, v in values.items() if k != OWN_SECTION}
     ours: dict[str, Any] = {
@@ -92,13 +94,14 @@ def engine_config(
         # A parameter is a whole block: one more than the current one is on its way.
         "stage3_prefetch_bucket_size": 1,
         "stage3_param_persistence_threshold": 0,
+        "stage3_max_live_parameters": _LIVE_BLOCKS * largest_block,
         # The last block stays while the head is used, since the backward pass begins with both.
-        "stage3_max_reuse_distance": 2 * head_bytes + 1,
+        "stage3_max_reuse_distance": 2 * largest_block,
         # Our layers keep no input and no gathered copy, which this switch is for.
         "memory_efficient_linear": False,
     }
     if backbone.offload != "none":
-        ours["offload_param"] = _offload(backbone, largest_part)
+        ours["offload_param"] = _offload(backbone, -(-largest_block // num_parts))
     given = base.get("zero_optimization", {})
     offload = ours.get("offload_param", {}) | given.get("offload_param", {})
     zero = ours | given | ({"offload_param": offload} if offload else {})

@@ -88,14 +88,13 @@ def _fill_parts(
     ds_config: dict[str, Any] | None,
     group: dist.ProcessGroup | None,
 ) -> None:
-    from softprompt_dist.backbone.sharding import BlockSharder
+    from softprompt_dist.backbone.sharding import BlockSharder, run_bytes
 
     blocks = inventory.skeleton.blocks
     world_size = dist.get_world_size(group)
-    head_bytes = list(blocks.values())[-1].num_bytes
-    largest_part = max(-(-block.num_bytes // world_size) for block in blocks.values())
+    largest_block = max(run_bytes(block.num_bytes, world_size) for block in blocks.values())
     backbone.engine_config = engine_config(
-        config, ds_config, largest_part=largest_part, head_bytes=head_bytes
+        config, ds_config, largest_block=largest_block, num_parts=world_size
     )
     sharder = BlockSharder(backbone.engine_config, backbone.traffic, group)
     for block in blocks.values():

@@ -17,6 +17,12 @@ Fill = Callable[[torch.Tensor, int], None]
 """Writes the bytes from a first one on into a tensor."""
 
 
+def run_bytes(num_bytes: int, num_parts: int) -> int:
+    """`num_bytes` rounded up, so that all parts are equal and start at aligned addresses."""
+    unit = num_parts * ALIGNMENT
+    return -(-num_bytes // unit) * unit
+
+
 class BlockSharder(deepspeed.zero.Init):
     """Makes a block's run of bytes a ZeRO-3 parameter of which this rank has filled its part.
 
@@ -34,8 +40,8 @@ class BlockSharder(deepspeed.zero.Init):
 
     def shard(self, num_bytes: int, fill: Fill) -> nn.Parameter:
         """A parameter of `num_bytes` (or a few more) of which `fill` writes this rank's part."""
-        size = -(-num_bytes // (self.dp_world_size * ALIGNMENT)) * ALIGNMENT
-        whole = size * self.dp_world_size
+        whole = run_bytes(num_bytes, self.dp_world_size)
+        size = whole // self.dp_world_size
         run = torch.empty(whole, dtype=torch.uint8, device=self.local_device)
         fill(run[self.rank * size : (self.rank + 1) * size], self.rank * size)
         parameter = nn.Parameter(run, requires_grad=False)

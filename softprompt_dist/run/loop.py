@@ -170,6 +170,7 @@ def _update(run: TuningRun, state: TuningState, store: CheckpointStore) -> dict[
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate
     batches = run.batches(state.examples_consumed)
+    gathered_before = run.backbone.traffic.gathered_bytes
     try:
         # Raised by all ranks or by none: the sums that decide were all-reduced.
         metrics = accumulate_gradient(run.backbone, run.prompt, batches, run.config.z_loss)
@@ -181,7 +182,8 @@ def _update(run: TuningRun, state: TuningState, store: CheckpointStore) -> dict[
     run.optimizer.step()
     state.step += 1
     state.examples_consumed += run.config.batch.global_batch_size
-    return {**metrics, "learning_rate": learning_rate}
+    gathered = run.backbone.traffic.gathered_bytes - gathered_before
+    return {**metrics, "learning_rate": learning_rate, "gathered_bytes": gathered}
 
 
 def _binding_recipe(config: TuneConfig) -> dict[str, Any]:

@@ -12,10 +12,14 @@ from softprompt_dist.config import BackboneConfig
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
 CELLS = {
-    "replicated_bf16": ("replicated", "bf16"),
-    "zero3_bf16": ("zero3", "bf16"),
-    "zero3_bf16_offload_cpu": ("zero3", "bf16"),
-    "zero3_fp32": ("zero3", "fp32"),
+    "replicated_bf16": ("replicated", "bf16", "none", "none"),
+    "replicated_int8": ("replicated", "bf16", "llm_int8", "none"),
+    "zero3_bf16": ("zero3", "bf16", "none", "none"),
+    "zero3_int8": ("zero3", "bf16", "int8", "none"),
+    "zero3_offload_cpu": ("zero3", "bf16", "none", "cpu"),
+    "zero3_offload_nvme": ("zero3", "bf16", "none", "nvme"),
+    "zero3_fp32": ("zero3", "fp32", "none", "none"),
+    "zero0_debug": ("replicated", "fp32", "none", "none"),
 }
 
 
@@ -37,7 +41,8 @@ def test_each_file_is_listed() -> None:
 def test_each_file_is_plumbing_that_gives_its_cell(name: str) -> None:
     values = read_engine_config(FOLDER / f"{name}.json")
     backbone = apply_engine_config(BackboneConfig(), values)
-    assert (backbone.sharding, backbone.dtype) == CELLS[name]
+    cell = (backbone.sharding, backbone.dtype, backbone.quantization, backbone.offload)
+    assert cell == CELLS[name]
 
 
 @pytest.mark.parametrize("name", CELLS)
