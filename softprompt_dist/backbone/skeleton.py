@@ -89,7 +89,7 @@ def _t5_skeleton(config: Any) -> Skeleton:
     skeleton = _taken_apart(model, {**blocks, HEAD: model.lm_head}, "shared.weight")
     for stack in ("encoder", "decoder"):
         skeleton.aliases[f"{stack}.embed_tokens.weight"] = "shared.weight"
-    skeleton.has_own_head = not config.scale_decoder_outputs
+    skeleton.has_own_head = not model.scales_output
     return skeleton
 
 

@@ -221,6 +221,8 @@ class T5(nn.Module):
     def __init__(self, config: T5Config) -> None:
         super().__init__()
         self.config = config
+        self.scales_output = bool(getattr(config, "scale_decoder_outputs", False))
+        """Of v1.0, whose head is the embedding table; an mT5's config does not speak of it."""
         self.encoder = Stack(config, is_decoder=False)
         self.decoder = Stack(config, is_decoder=True)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
@@ -236,7 +238,7 @@ class T5(nn.Module):
         encoded_BSD = self.encoder(embeds_BSD, _aligned(bias_BHSS))
         bias_1HTT = self.decoder.position_bias(decoder_embeds_BTD.shape[1])
         decoded_BTD = self.decoder(decoder_embeds_BTD, encoded_BSD, _aligned(bias_1HTT), mask_B11S)
-        if self.config.scale_decoder_outputs:
+        if self.scales_output:
             decoded_BTD = decoded_BTD * self.config.d_model**-0.5
         logits_BTV: Tensor = self.lm_head(decoded_BTD)
         return logits_BTV
