@@ -138,9 +138,10 @@ def _compare(
     report: Report, size: str, name: str, folder: Path, how: tuple[Cell, Workload, int]
 ) -> None:
     cell, workload, num_ranks = how
-    memory = predict_memory(find_architecture(str(folder)), cell, workload, Cluster(num_ranks))
-    settings = {"folder": str(folder.resolve()), "cell": vars(cell), "workload": vars(workload)}
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    cluster = Cluster(num_ranks, gathers_into_copy=device == "cpu")
+    memory = predict_memory(find_architecture(str(folder)), cell, workload, cluster)
+    settings = {"folder": str(folder.resolve()), "cell": vars(cell), "workload": vars(workload)}
     answers = run_ranks("benchmarks.planning:measure", settings, num_ranks=num_ranks, device=device)
     measured = max(answer["bytes"] for answer in answers)
     ratio = memory.allocated / measured

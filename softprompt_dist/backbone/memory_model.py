@@ -99,6 +99,8 @@ class Cluster:
 
     gpus_per_node: int = 1
     nodes: int = 1
+    gathers_into_copy: bool = False
+    """gloo, on CPUs, receives a block in memory of its own and copies it; NCCL does not."""
 
     @property
     def num_gpus(self) -> int:
@@ -203,7 +205,8 @@ def gathered_bytes(architecture: Architecture, cell: Cell, cluster: Cluster) -> 
     sizes = list(map(cell.block_bytes, blocks))
     working_set = 0
     if cell.sharding == "zero3":
-        working_set = max(first + second for first, second in pairwise(sizes))
+        copies = 2 if cluster.gathers_into_copy and cluster.num_shards(cell) > 1 else 1
+        working_set = max(first + copies * second for first, second in pairwise(sizes))
         if cell.offload != "none":
             working_set += working_set // cluster.num_shards(cell)
     quantized = [m.size for block in blocks for m in block if cell.quantizes(m)]
