@@ -18,6 +18,7 @@ from softprompt_dist.backbone.filling import embedding_of, fill, identity_of
 from softprompt_dist.backbone.inventory import Inventory, take_inventory
 from softprompt_dist.backbone.skeleton import build_skeleton
 from softprompt_dist.config import BackboneConfig
+from softprompt_dist.data.batching import Family
 from softprompt_dist.errors import BackboneError
 from softprompt_dist.parallel import ranks
 from softprompt_dist.parallel.groups import shard_group
@@ -69,6 +70,15 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise BackboneError(f"No usable tokenizer in {folder}: {error}") from error
 
 
+def family_of(folder: Path) -> Family:
+    """Whether the backbone in a folder reads input and target apart, or in one row.
+
+    Raises:
+        BackboneError: its config.json cannot be read.
+    """
+    return "seq2seq" if _model_config(folder).is_encoder_decoder else "causal"
+
+
 def load_backbone(config: BackboneConfig, ds_config: dict[str, Any] | None = None) -> Backbone:
     """All ranks: each reads its part of every tensor; then all prove together that none is missing.
 
@@ -106,7 +116,10 @@ def inventory_of(folder: Path, config: BackboneConfig) -> Inventory:
         BackboneError: unreadable, incomplete or unsupported checkpoint.
     """
     reader = CheckpointReader(folder)
-    model_config = _model_config(folder, config)
+    model_config = _model_config(folder)
+    for name in _DROPOUT_NAMES:
+        if hasattr(model_config, name):
+            setattr(model_config, name, config.dropout)
     skeleton = build_skeleton(model_config)
     if model_config.is_encoder_decoder and model_config.decoder_start_token_id is None:
         raise BackboneError(f"{folder}/config.json needs decoder_start_token_id (0 for T5).")
@@ -164,7 +177,7 @@ def _from_hub(config: BackboneConfig) -> Path:
     return folder
 
 
-def _model_config(folder: Path, config: BackboneConfig) -> Any:
+def _model_config(folder: Path) -> Any:
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if "auto_map" in raw:
@@ -174,7 +187,4 @@ def _model_config(folder: Path, config: BackboneConfig) -> Any:
         model_config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise BackboneError(f"Cannot load backbone {folder}: {error}") from error
-    for name in _DROPOUT_NAMES:
-        if hasattr(model_config, name):
-            setattr(model_config, name, config.dropout)
     return model_config

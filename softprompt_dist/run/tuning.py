@@ -12,9 +12,14 @@ from transformers import PreTrainedTokenizerBase
 
 from softprompt_dist.backbone.base import Backbone
 from softprompt_dist.backbone.fingerprint import local_checksum
-from softprompt_dist.backbone.load import load_backbone, load_tokenizer, locate_backbone
+from softprompt_dist.backbone.load import (
+    family_of,
+    load_backbone,
+    load_tokenizer,
+    locate_backbone,
+)
 from softprompt_dist.config import AdaptConfig, TuneConfig
-from softprompt_dist.data.batching import TokenBatch, TokenExample, collate, tokenise
+from softprompt_dist.data.batching import Family, TokenBatch, TokenExample, collate, tokenise
 from softprompt_dist.data.order import ExampleOrder
 from softprompt_dist.data.tasks import Example, TaskData, load_task
 from softprompt_dist.errors import ConfigError, DataError, InvariantError
@@ -23,6 +28,7 @@ from softprompt_dist.parallel.equality import assert_equal_on_all_ranks, assert_
 from softprompt_dist.prompt.initialise import initialise_prompt
 from softprompt_dist.prompt.module import SoftPrompt
 from softprompt_dist.run.optimizer import build_optimizer
+from softprompt_dist.run.room import assert_room
 from softprompt_dist.run.scoring import LabelSet, Scorer, pad_id_of
 
 log = logging.getLogger(__name__)
@@ -121,10 +127,13 @@ def build_bench(config: TuneConfig, ds_config: dict[str, Any] | None = None) -> 
     task = ranks.together(lambda: load_task(config.task))
     folder = locate_backbone(config.backbone)
     tokenizer = ranks.together(lambda: load_tokenizer(folder))
-    backbone = load_backbone(config.backbone, ds_config)
+    family = ranks.together(lambda: family_of(folder))
+    splits, labels = ranks.together(lambda: _all_tokens(config, task, tokenizer, family))
+    ranks.together(lambda: assert_room(config, folder, splits))
     assert_same_on_all_ranks(task.digests, "The data")
+    backbone = load_backbone(config.backbone, ds_config)
     assert_same_on_all_ranks(backbone.fingerprint, "The backbone's fingerprint")
-    splits, labels = ranks.together(lambda: _all_tokens(config, task, tokenizer, backbone))
+    ranks.together(lambda: _check_positions(config, backbone, splits))
     evaluation = config.evaluation
     scorer = Scorer(backbone, tokenizer, labels, evaluation.method, evaluation.batch_size)
     return Bench(config, task, tokenizer, splits, backbone, scorer)
@@ -167,14 +176,13 @@ def assert_only_prompt_trains(run: TuningRun) -> None:
 
 
 def _all_tokens(
-    config: TuneConfig, task: TaskData, tokenizer: PreTrainedTokenizerBase, backbone: Backbone
+    config: TuneConfig, task: TaskData, tokenizer: PreTrainedTokenizerBase, family: Family
 ) -> tuple[dict[str, Split], LabelSet]:
     splits = {
-        name: _tokenised(config, tokenizer, backbone, name, getattr(task, name))
+        name: _tokenised(config, tokenizer, family, name, getattr(task, name))
         for name in ("train", "validation", "test")
     }
-    _check_positions(config, backbone, splits)
-    return splits, _label_set(config, task, tokenizer, backbone)
+    return splits, _label_set(config, task, tokenizer, family)
 
 
 def _check_positions(config: TuneConfig, backbone: Backbone, splits: dict[str, Split]) -> None:
@@ -194,14 +202,14 @@ def _check_positions(config: TuneConfig, backbone: Backbone, splits: dict[str, S
 def _tokenised(
     config: TuneConfig,
     tokenizer: PreTrainedTokenizerBase,
-    backbone: Backbone,
+    family: Family,
     name: str,
     examples: tuple[Example, ...],
 ) -> Split:
     result = tokenise(
         examples,
         tokenizer,
-        family=backbone.family,
+        family=family,
         max_input_tokens=config.backbone.max_input_tokens,
         append_eos=config.task.append_eos,
     )
@@ -217,10 +225,10 @@ def _tokenised(
 
 
 def _label_set(
-    config: TuneConfig, task: TaskData, tokenizer: PreTrainedTokenizerBase, backbone: Backbone
+    config: TuneConfig, task: TaskData, tokenizer: PreTrainedTokenizerBase, family: Family
 ) -> LabelSet:
     examples = tuple(Example(input_text=label, target_text=label) for label in task.labels)
-    tokens = _tokenised(config, tokenizer, backbone, "label", examples).tokens
+    tokens = _tokenised(config, tokenizer, family, "label", examples).tokens
     return LabelSet(
         texts=tuple(label.strip() for label in task.labels),
         ids=tuple(tuple(example.target_ids) for example in tokens),
