@@ -23,6 +23,8 @@ SCALE_SUFFIX = "_scale"
 """Behind the name of an int8 tensor: its rows' scales, fp32 (as `softprompt convert` writes)."""
 _MAPPED_BYTES = 64 * 2**20
 """Mapped pages count as this process's memory; closing the files gives them back."""
+_FAULT_BYTES = 2 * 2**20
+"""The system may map this much around a byte that is read: samples of a tensor are not small."""
 _UNREADABLE = (SafetensorError, OSError, RuntimeError, EOFError, KeyError, ValueError)
 
 
@@ -120,7 +122,7 @@ class CheckpointReader:
         if self._bytes_read > _MAPPED_BYTES:
             self.close()
         rows = self._file_of[name].rows(name, first, last)
-        self._bytes_read += rows.numel() * rows.element_size()
+        self._bytes_read += max(rows.numel() * rows.element_size(), _FAULT_BYTES)
         return rows
 
 
