@@ -6,6 +6,7 @@ Axes: R rows, C columns (all but the first axis, flattened).
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from softprompt_dist.backbone.formats import Int8Rows
 from softprompt_dist.errors import BackboneError
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -194,12 +197,25 @@ class _PickledFile(_File):
 
     def _load(self) -> dict[str, Tensor]:
         if self._mapped is None:
-            stored = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
+            stored = self._unpickled()
             if not isinstance(stored, dict):
                 raise ValueError("it holds no dictionary of tensors.")
             self._mapped = {n: t for n, t in stored.items() if isinstance(t, Tensor)}
         tensors: dict[str, Tensor] = self._mapped
         return tensors
+
+    def _unpickled(self) -> Any:
+        try:
+            return torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+        log.warning(
+            "%s is of torch's old format, which cannot be mapped: all of it is read into memory. "
+            "`softprompt convert` makes a copy that can.",
+            self.path,
+        )
+        return torch.load(self.path, map_location="cpu", weights_only=True)
 
     def _slice(self, name: str, first: int, last: int) -> Tensor:
         tensor = self._load()[name]
