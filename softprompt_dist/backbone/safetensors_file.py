@@ -54,7 +54,7 @@ class SafetensorsWriter:
     def write_rows(self, name: str, first: int, bytes_RN: Tensor) -> None:
         """Put rows [R, N] (uint8) of a tensor in their place, from row `first` on."""
         self._file.seek(self._starts[name] + first * bytes_RN.shape[1])
-        self._file.write(memoryview(bytes_RN.contiguous().view(-1).numpy()))
+        self._file.write(bytes_RN.contiguous().view(-1).numpy().data)
         self._bytes_missing -= bytes_RN.numel()
 
     def __enter__(self) -> SafetensorsWriter:
