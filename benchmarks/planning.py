@@ -20,13 +20,8 @@ from benchmarks.memory import PeakMemory, resident_bytes
 from benchmarks.models import ensure_checkpoint
 from benchmarks.ranks import run_ranks
 from benchmarks.report import Aim, Report, parser, settings_of
-from softprompt_dist.backbone.memory_model import (
-    Cell,
-    Cluster,
-    Memory,
-    Workload,
-    predict_memory,
-)
+from softprompt_dist.backbone.cell import Cell, Cluster, Workload
+from softprompt_dist.backbone.memory_model import Memory, predict_memory
 from softprompt_dist.planning.models import find_architecture
 
 _HEADS_OF_64 = {"d_kv": 64, "vocab_size": 32128}

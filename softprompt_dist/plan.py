@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from softprompt_dist.backbone.memory_model import Cluster, Workload
+from softprompt_dist.backbone.cell import Cluster, Workload
 from softprompt_dist.durable import replace_file
 from softprompt_dist.errors import ConfigError, MachineError
 from softprompt_dist.parallel.verb import VerbParser, run_verb

@@ -99,10 +99,8 @@ class Architecture:
 
     def blocks(self) -> Iterator[tuple[Matrix, ...]]:
         """The weights in the order of use, cut where they are gathered; the head is the last."""
-        for _ in range(self.num_layers):
-            yield self.layer
-        for _ in range(self.num_decoder_layers):
-            yield self.decoder_layer
+        yield from (self.layer,) * self.num_layers
+        yield from (self.decoder_layer,) * self.num_decoder_layers
         yield (self.head,)
 
     @property

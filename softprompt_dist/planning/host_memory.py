@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from softprompt_dist.backbone.architecture import Architecture
-from softprompt_dist.backbone.memory_model import Cell, Cluster, sharded_bytes
+from softprompt_dist.backbone.cell import Cell, Cluster
+from softprompt_dist.backbone.memory_model import sharded_bytes
 
 PROCESS_BYTES = 1_800_000_000
 """One rank without weights: Python, torch, and the rows that it is reading."""

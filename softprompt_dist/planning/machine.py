@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 
-from softprompt_dist.backbone.memory_model import Cell, Cluster
+from softprompt_dist.backbone.cell import Cell, Cluster
 from softprompt_dist.errors import ConfigError
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from softprompt_dist.backbone.memory_model import Cell
+from softprompt_dist.backbone.cell import Cell
 from softprompt_dist.planning.choose import (
     Plan,
     Question,

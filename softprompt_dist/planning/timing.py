@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from softprompt_dist.backbone.architecture import Architecture
-from softprompt_dist.backbone.memory_model import Cell, Workload, sharded_bytes, weight_bytes
+from softprompt_dist.backbone.cell import Cell, Workload
+from softprompt_dist.backbone.memory_model import sharded_bytes, weight_bytes
 from softprompt_dist.errors import ConfigError
 from softprompt_dist.planning.machine import Machine
 from softprompt_dist.planning.work import (

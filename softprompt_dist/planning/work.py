@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from softprompt_dist.backbone.activations import split_layers
 from softprompt_dist.backbone.architecture import Architecture, Matrix
-from softprompt_dist.backbone.memory_model import Cell, Cluster, Workload, split_layers
+from softprompt_dist.backbone.cell import Cell, Cluster, Workload
 
 _FP32 = 4
 

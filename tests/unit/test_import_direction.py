@@ -49,6 +49,8 @@ LIGHT = [
     "plan",
     "backbone/architecture",
     "backbone/known_architectures",
+    "backbone/cell",
+    "backbone/activations",
     "backbone/memory_model",
     *(f"planning/{path.stem}" for path in (PACKAGE / "planning").glob("*.py")),
 ]

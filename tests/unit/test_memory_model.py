@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from softprompt_dist.backbone.activations import activation_bytes
 from softprompt_dist.backbone.architecture import Architecture, architecture_of
+from softprompt_dist.backbone.cell import Cell, Cluster, Workload
 from softprompt_dist.backbone.known_architectures import known_architecture, known_names
 from softprompt_dist.backbone.memory_model import (
-    Cell,
-    Cluster,
-    Workload,
-    activation_bytes,
     check_memory,
     gathered_bytes,
     predict_memory,

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from softprompt_dist.backbone.architecture import Architecture
+from softprompt_dist.backbone.cell import Cell, Cluster, Workload
 from softprompt_dist.backbone.engine import apply_engine_config, read_engine_config
 from softprompt_dist.backbone.known_architectures import known_architecture
-from softprompt_dist.backbone.memory_model import Cell, Cluster, Workload, sharded_bytes
+from softprompt_dist.backbone.memory_model import sharded_bytes
 from softprompt_dist.config import BackboneConfig
 from softprompt_dist.errors import BackboneError, ConfigError, MachineError
 from softprompt_dist.plan import main

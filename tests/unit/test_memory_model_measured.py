@@ -1,0 +1,84 @@
+"""What autograd really keeps for the backward pass, against what the memory model says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+from softprompt_dist.backbone.activations import activation_bytes, kept_bytes
+from softprompt_dist.backbone.architecture import Architecture
+from softprompt_dist.backbone.cell import Cell, Workload
+from softprompt_dist.backbone.load import load_backbone
+from softprompt_dist.config import BackboneConfig
+from softprompt_dist.data.batching import TokenBatch
+from softprompt_dist.planning.models import find_architecture
+from tests.models import save_model
+
+WORK = Workload(micro_batch=2, prompt_length=8, input_length=56, target_length=4)
+
+
+@pytest.fixture(params=["t5", "llama"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    if request.param == "t5":
+        config = T5Config(
+            vocab_size=64,
+            d_model=64,
+            d_kv=16,
+            d_ff=160,
+            num_layers=6,
+            num_decoder_layers=3,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+            tie_word_embeddings=False,
+            decoder_start_token_id=0,
+        )
+        model = T5ForConditionalGeneration(config)
+        model.lm_head.weight = torch.nn.Parameter(torch.randn(64, 64) / 8)
+        return save_model(model, tmp_path)
+    llama = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+    )
+    return save_model(LlamaForCausalLM(llama), tmp_path)
+
+
+def kept_for_backward(folder: Path, checkpointing: str) -> int:
+    """Bytes of all storages that a forward pass leaves with autograd, weights apart."""
+    section = {"path": str(folder), "sharding": "replicated", "dtype": "fp32"}
+    section["activation_checkpointing"] = checkpointing
+    backbone = load_backbone(BackboneConfig.model_validate(section))
+    weights = {t.untyped_storage().data_ptr() for _, t in backbone.held_tensors()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    ids_BS = torch.ones(WORK.micro_batch, WORK.input_length, dtype=torch.long)
+    mask_BS = torch.ones_like(ids_BS)
+    mask_BS[0, -9:] = 0
+    ids_BT = torch.ones(WORK.micro_batch, WORK.target_length, dtype=torch.long)
+    batch = TokenBatch(ids_BS, mask_BS, ids_BT, torch.ones_like(ids_BT))
+    prompt_PD = torch.randn(WORK.prompt_length, backbone.d_model, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits_BTV = backbone(prompt_PD.expand(WORK.micro_batch, -1, -1), batch)
+    assert logits_BTV.requires_grad
+    return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "every_2", "full"])
+def test_a_forward_pass_keeps_what_is_predicted(folder: Path, checkpointing: str) -> None:
+    architecture: Architecture = find_architecture(str(folder))
+    cell = Cell(activation_checkpointing=checkpointing)
+    predicted = kept_bytes(architecture, cell, WORK)
+    assert predicted == pytest.approx(kept_for_backward(folder, checkpointing), rel=0.10)
+    assert predicted < activation_bytes(architecture, cell, WORK)
