@@ -42,10 +42,34 @@ def ours(backbone: Backbone, examples: Sequence[TokenExample] = EXAMPLES) -> Res
     return _result(prompt_PD, logits, examples)
 
 
+@torch.no_grad()
+def plain_logits(model: Any, examples: Sequence[TokenExample] = EXAMPLES) -> list[Tensor]:
+    """In whatever precision the model is."""
+    return [row.float() for row in _plain_logits(model, make_prompt(_width(model)), examples)]
+
+
 def plain(model: Any, examples: Sequence[TokenExample] = EXAMPLES) -> Result:
     """Each example alone, so that nothing is ever padded."""
+    prompt_PD = make_prompt(_width(model)).requires_grad_(True)
+    return _result(prompt_PD, _plain_logits(model, prompt_PD, examples), examples)
+
+
+def assert_equal(found: Result, expected: Result, logits: float, gradient: float) -> None:
+    """Within these absolute differences, and not because there is nothing to differ in."""
+    for found_TV, expected_TV in zip(found.logits, expected.logits, strict=True):
+        assert expected_TV.std() > 0.01
+        torch.testing.assert_close(found_TV, expected_TV, rtol=0, atol=logits)
+    assert expected.gradient_PD.abs().max() > 100 * gradient
+    torch.testing.assert_close(found.gradient_PD, expected.gradient_PD, rtol=0, atol=gradient)
+
+
+def _width(model: Any) -> int:
+    return int(model.get_input_embeddings().weight.shape[1])
+
+
+def _plain_logits(model: Any, prompt_PD: Tensor, examples: Sequence[TokenExample]) -> list[Tensor]:
     embed = model.get_input_embeddings()
-    prompt_PD = make_prompt(embed.weight.shape[1]).requires_grad_(True)
+    prompt_PD = prompt_PD.to(embed.weight.dtype)
     logits = []
     for example in examples:
         target_T = torch.tensor(example.target_ids)
@@ -56,16 +80,7 @@ def plain(model: Any, examples: Sequence[TokenExample] = EXAMPLES) -> Result:
         embeds_SD = torch.cat([embeds_SD, embed(target_T)])
         start = PROMPT_LENGTH + len(example.input_ids)
         logits.append(model(inputs_embeds=embeds_SD[None]).logits[0, start - 1 : -1])
-    return _result(prompt_PD, logits, examples)
-
-
-def assert_equal(found: Result, expected: Result, logits: float, gradient: float) -> None:
-    """Within these absolute differences, and not because there is nothing to differ in."""
-    for found_TV, expected_TV in zip(found.logits, expected.logits, strict=True):
-        assert expected_TV.std() > 0.01
-        torch.testing.assert_close(found_TV, expected_TV, rtol=0, atol=logits)
-    assert expected.gradient_PD.abs().max() > 100 * gradient
-    torch.testing.assert_close(found.gradient_PD, expected.gradient_PD, rtol=0, atol=gradient)
+    return logits
 
 
 def _result(prompt_PD: Tensor, logits: list[Tensor], examples: Sequence[TokenExample]) -> Result:

@@ -9,6 +9,7 @@ that start there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -123,7 +124,7 @@ class Backbone(nn.Module):
 
     def embed(self, ids_N: Tensor) -> Tensor:
         """Rows of the embedding table, [N, D] in fp32."""
-        return self.embedding.rows(ids_N).float()
+        return self.embedding.rows(ids_N)
 
     def release(self) -> None:
         """Drop what a backward pass left gathered."""
@@ -162,15 +163,19 @@ class CausalBackbone(Backbone):
         names = ("max_position_embeddings", "n_positions")
         return next((int(n) for name in names if (n := getattr(self.config, name, None))), None)
 
+    @property
+    def _attention_window(self) -> float:
+        return getattr(self.config, "sliding_window", None) or math.inf
+
     def _logits(self, prompt_BPD: Tensor, embeds_BSD: Tensor, batch: TokenBatch) -> Tensor:
-        mask = torch.cat(
-            [_with_prompt(prompt_BPD, batch.input_mask_BS), batch.target_mask_BT], dim=1
-        ).long()
         num_targets = batch.target_ids_BT.shape[1]
+        start_BLD = torch.cat([prompt_BPD, embeds_BSD], dim=1)
+        start_mask_BL = _with_prompt(prompt_BPD, batch.input_mask_BS)
+        if start_BLD.shape[1] + num_targets > self._attention_window:
+            start_BLD, start_mask_BL = _padding_first(start_BLD, start_mask_BL)
+        mask = torch.cat([start_mask_BL, batch.target_mask_BT], dim=1).long()
         logits: Tensor = self.model(
-            inputs_embeds=torch.cat(
-                [prompt_BPD, embeds_BSD, self.embedding(batch.target_ids_BT)], dim=1
-            ),
+            inputs_embeds=torch.cat([start_BLD, self.embedding(batch.target_ids_BT)], dim=1),
             attention_mask=mask,
             position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
             use_cache=False,
@@ -182,3 +187,9 @@ class CausalBackbone(Backbone):
 def _with_prompt(prompt_BPD: Tensor, mask_BS: Tensor) -> Tensor:
     """Prompt positions are always visible (prompt-tuning `masks.py`)."""
     return torch.cat([mask_BS.new_ones(prompt_BPD.shape[:2]), mask_BS], dim=1)
+
+
+def _padding_first(embeds_BLD: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """Padding moved before the prompt: transformers counts it in the window of an attention."""
+    order_BL = mask_BL.argsort(dim=1, stable=True)
+    return embeds_BLD.take_along_dim(order_BL[:, :, None], 1), mask_BL.take_along_dim(order_BL, 1)

@@ -13,8 +13,11 @@ class FrozenEmbedding(nn.Module):
     to read a few hundred rows would cost more than any layer.
     """
 
-    def __init__(self, table_VD: Tensor, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, table_VD: Tensor, device: torch.device, dtype: torch.dtype, scale: float = 1.0
+    ) -> None:
         super().__init__()
+        self._scale = scale
         self._table_VD = table_VD
         self._device = device
         self._dtype = dtype
@@ -29,11 +32,16 @@ class FrozenEmbedding(nn.Module):
         """The table, in its stored type, where it lies."""
         return self._table_VD
 
+    @torch.no_grad()
     def forward(self, ids: Tensor) -> Tensor:
         """Rows of the tokens `ids` [...]: [..., D] on the device, in the backbone's type."""
-        return self.rows(ids).to(self._dtype)
+        return self._rows(ids, self._dtype)
 
     @torch.no_grad()
     def rows(self, ids: Tensor) -> Tensor:
-        """As `forward`, in the table's type."""
-        return self._table_VD[ids.to(self._table_VD.device)].to(self._device)
+        """As `forward`, in fp32."""
+        return self._rows(ids, torch.float32)
+
+    def _rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        rows = self._table_VD[ids.to(self._table_VD.device)].to(self._device).to(dtype)
+        return rows if self._scale == 1 else rows * torch.tensor(self._scale).to(rows)

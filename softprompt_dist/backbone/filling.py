@@ -66,7 +66,8 @@ def embedding_of(inventory: Inventory, config: BackboneConfig) -> FrozenEmbeddin
     table_VD = inventory.reader.mapped_table(name)
     if config.sharding == "replicated":
         table_VD = table_VD.to(ranks.device(), dtype, copy=True)
-    return FrozenEmbedding(table_VD, ranks.device(), dtype)
+    scale = inventory.skeleton.embedding_scale
+    return FrozenEmbedding(table_VD, ranks.device(), dtype, scale)
 
 
 def identity_of(inventory: Inventory, config: BackboneConfig) -> Identity:

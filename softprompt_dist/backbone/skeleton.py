@@ -7,6 +7,7 @@ rank). Names are those of the checkpoint.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,8 +25,12 @@ from softprompt_dist.errors import BackboneError
 HEAD = "lm_head"
 _T5_TYPES = ("t5", "mt5")
 _SECOND_FEED_FORWARD = ("wo", "down_proj", "dense_4h_to_h", "fc2")
-_LARGEST_BUFFER = 2**22
-"""Elements that a tensor in a block may have and not be cut over the ranks."""
+_OLD_HEAD = "embed_out.weight"
+"""What GPT-NeoX checkpoints call the head that transformers 5 calls lm_head."""
+_FORWARD_ARGUMENTS = {"inputs_embeds", "attention_mask", "position_ids", "logits_to_keep"}
+"""What the backbone gives a decoder-only model."""
+_PROBE_SCALES = (1.0, 1e-3)
+"""Of inputs for a norm: one that hides its epsilon and one that shows it."""
 
 
 @dataclass
@@ -41,6 +46,8 @@ class Skeleton:
     """In the order in which they are used; the head is the last."""
     linears: dict[str, list[tuple[nn.Module, str, FrozenLinear]]]
     """Of each block: the module that holds a linear layer, its attribute there, and the layer."""
+    embedding_scale: float = 1.0
+    """What the model multiplies a token's row of the table by."""
     buffers: dict[str, tuple[nn.Module, str]] = field(default_factory=dict)
     """Tensor's name -> the module that holds it and the attribute there."""
     aliases: dict[str, str] = field(default_factory=dict)
@@ -99,20 +106,46 @@ def _causal_skeleton(config: Any) -> Skeleton:
     kinds = set(model._no_split_modules or ())  # noqa: SLF001 - how transformers names them
     blocks = {n: m for n, m in model.named_modules() if type(m).__name__ in kinds}
     modules = {id(module): name for name, module in model.named_modules()}
-    head = model.get_output_embeddings()
-    if not blocks or not isinstance(head, nn.Linear):
-        raise BackboneError(
-            f"Models of type {config.model_type!r} are not known here: transformers names no "
-            f"repeated block in them, or their head is a {type(head).__name__}, not a linear layer."
-        )
-    embedding = f"{modules[id(model.get_input_embeddings())]}.weight"
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    _check_causal(model, head, has_blocks=bool(blocks))
+    embedding = f"{modules[id(table)]}.weight"
     skeleton = _taken_apart(model, {**blocks, modules[id(head)]: head}, embedding)
+    skeleton.embedding_scale = _embedding_scale(table, embedding)
     skeleton.has_own_head = not config.tie_word_embeddings
     model.set_input_embeddings(nn.Identity())  # the backbone embeds, not the model
     prefix = f"{model.base_model_prefix}."
     known = [*skeleton.buffers, *_weight_names(skeleton), embedding]
+    skeleton.aliases[_OLD_HEAD] = skeleton.head
     skeleton.aliases |= {n.removeprefix(prefix): n for n in known if n.startswith(prefix)}
     return skeleton
+
+
+def _check_causal(model: Any, head: Any, *, has_blocks: bool) -> None:
+    lacking = _FORWARD_ARGUMENTS - set(inspect.signature(model.forward).parameters)
+    reasons = {
+        "transformers names no repeated block in them": not has_blocks,
+        f"their head is a {type(head).__name__}, not a linear layer": type(head) is not nn.Linear,
+        f"they take no {', '.join(sorted(lacking))}": bool(lacking),
+    }
+    found = [reason for reason, holds in reasons.items() if holds]
+    if found:
+        raise BackboneError(
+            f"Models of type {model.config.model_type!r} are not known here: {'; '.join(found)}. "
+            "Use a Llama-like model or a T5."
+        )
+
+
+def _embedding_scale(table: Any, name: str) -> float:
+    """The scale of Gemma's and its like's table, which its own class holds."""
+    if type(table) is nn.Embedding:
+        return 1.0
+    scale: Any = getattr(table, "embed_scale", None)
+    if not isinstance(table, nn.Embedding) or scale is None:
+        raise BackboneError(
+            f"{name} belongs to a {type(table).__name__}, of which is not known how it looks "
+            "tokens up. Use a Llama-like model or a T5."
+        )
+    return float(scale)
 
 
 def _weight_names(skeleton: Skeleton) -> Iterator[str]:
@@ -125,10 +158,10 @@ def _taken_apart(model: nn.Module, parts: dict[str, nn.Module], embedding: str) 
     for name, part in parts.items():
         skeleton.blocks[name] = block = FrozenBlock(part)
         skeleton.linears[name] = list(_replace_linears(block, name))
-        _collect_buffers(block.computation, name, skeleton, largest=_LARGEST_BUFFER)
+        _collect_buffers(block.computation, name, skeleton, in_block=True)
         parent, _, attribute = name.rpartition(".")
         model.get_submodule(parent).register_module(attribute, block)
-    _collect_buffers(model, "", skeleton, largest=None)
+    _collect_buffers(model, "", skeleton, in_block=False)
     return skeleton
 
 
@@ -154,7 +187,7 @@ def _frozen(linear: nn.Linear, path: str) -> FrozenLinear:
 
 
 def _collect_buffers(
-    root: nn.Module, root_name: str, skeleton: Skeleton, *, largest: int | None
+    root: nn.Module, root_name: str, skeleton: Skeleton, *, in_block: bool
 ) -> None:
     """Every stored tensor but the embedding table and the linear layers' matrices."""
     for path, module in root.named_modules():
@@ -165,12 +198,14 @@ def _collect_buffers(
             name = _joined(root_name, path, attribute)
             if name == skeleton.embedding:
                 continue
-            too_large = largest is not None and tensor.numel() > largest
-            if too_large or type(module) is nn.Linear:
+            unknown_matrix = in_block and tensor.dim() > 1 and type(module) is not nn.Embedding
+            if unknown_matrix or type(module) is nn.Linear:
                 raise BackboneError(
-                    f"{name} of shape {tuple(tensor.shape)} is neither the matrix of a linear "
-                    "layer in a repeated block nor small. This kind of model (mixture of experts, "
-                    "or an unusual layer) is not known here."
+                    f"{name} of shape {tuple(tensor.shape)} in a {type(module).__name__} is "
+                    "neither a vector nor the matrix of a linear layer in a repeated block, so it "
+                    "can be neither cut nor quantized. This kind of model (mixture of experts, "
+                    "convolutions, GPT-2's layers) is not known here; use a Llama-like model or a "
+                    "T5."
                 )
             skeleton.buffers[name] = (module, attribute)
 
@@ -180,19 +215,29 @@ def _joined(*parts: str) -> str:
 
 
 def replace_norms(model: nn.Module) -> None:
-    """Put our fused norm where a module's numbers are just those of a root mean square norm.
-
-    Found out by trying: some models add one to the weight, or subtract a mean.
-    """
+    """Put our fused norm where a module's numbers are just those of a root mean square norm."""
     for module in list(model.modules()):
         for attribute, child in list(module.named_children()):
             epsilon = getattr(child, "variance_epsilon", getattr(child, "eps", None))
-            weight = getattr(child, "weight", None)
-            if not type(child).__name__.endswith("RMSNorm") or epsilon is None:
+            weight = child._buffers.get("weight")  # noqa: SLF001 - not a slot's bytes
+            if not type(child).__name__.endswith("RMSNorm") or epsilon is None or weight is None:
                 continue
-            if not isinstance(weight, torch.Tensor):
-                continue
-            frozen = FrozenRMSNorm(weight, epsilon)
-            probe = torch.linspace(-2, 3, len(weight), device=weight.device).to(weight.dtype)
-            if torch.allclose(child(probe[None]), frozen(probe[None]), rtol=1e-2, atol=1e-2):
-                setattr(module, attribute, frozen)
+            if _is_plain_rms_norm(child, weight, epsilon):
+                setattr(module, attribute, FrozenRMSNorm(weight, epsilon))
+
+
+@torch.no_grad()
+def _is_plain_rms_norm(norm: nn.Module, weight: torch.Tensor, epsilon: float) -> bool:
+    """Found out by trying: some norms add one to the weight, or subtract a mean.
+
+    In fp32 and with other weights than its own, which could hide the difference.
+    """
+    trial = torch.linspace(0.3, 1.7, len(weight), device=weight.device)
+    row = torch.linspace(-2, 3, len(weight), device=weight.device).roll(len(weight) // 3)
+    expected = FrozenRMSNorm(trial, epsilon)
+    norm.register_buffer("weight", trial)
+    try:
+        rows = [scale * row[None] for scale in _PROBE_SCALES]
+        return all(torch.allclose(norm(row), expected(row), rtol=1e-4, atol=1e-5) for row in rows)
+    finally:
+        norm.register_buffer("weight", weight)

@@ -1,0 +1,184 @@
+"""A decoder-only model that is taken apart and put together again is still itself, or refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from softprompt_dist.backbone.base import Backbone
+from softprompt_dist.backbone.layers import FrozenRMSNorm
+from softprompt_dist.backbone.load import inventory_of, load_backbone
+from softprompt_dist.backbone.skeleton import replace_norms
+from softprompt_dist.config import BackboneConfig
+from softprompt_dist.errors import BackboneError
+from tests import reference
+
+SIZES = {
+    "vocab_size": 53,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+}
+HEAD_DIM = {"head_dim": 6}
+GEMMA = {**HEAD_DIM, "query_pre_attn_scalar": 6}
+KNOWN: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "Mistral": {"sliding_window": 6},
+    "Qwen2": {},
+    "Qwen3": HEAD_DIM,
+    "GPTNeoX": {},
+    "Gemma": HEAD_DIM,
+    "Gemma2": {**GEMMA, "sliding_window": 6},
+    "Gemma3Text": {**GEMMA, "sliding_window": 6},
+    "Olmo2": {},
+    "Phi": {"num_attention_heads": 3, "num_key_value_heads": 3},
+    "Phi3": {},
+    "SmolLM3": {},
+    "StableLm": {},
+    "Granite": {"embedding_multiplier": 3.0, "logits_scaling": 2.0},
+}
+OUR_NORM = {"Llama", "Mistral", "Qwen2", "Qwen3", "Olmo2", "Phi3", "SmolLM3", "Granite"}
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "GPT2": ({"n_embd": 24, "n_layer": 2, "n_head": 2}, r"h\.0\.attn\.c_attn\.weight .*Conv1D"),
+    "Mixtral": ({"num_local_experts": 2}, r"layers\.0\.mlp\.\S+ of shape"),
+    "Qwen3Moe": ({**HEAD_DIM, "num_experts": 4}, r"layers\.0\.mlp\.\S+ of shape"),
+    "Mamba": ({"state_size": 4}, "they take no position_ids"),
+    "Bloom": ({"n_layer": 2, "n_head": 2}, "they take no .*position_ids"),
+}
+
+
+def config_of(name: str, tie: bool = False, **settings: Any) -> Any:
+    values = {**SIZES, **settings, "tie_word_embeddings": tie}
+    return getattr(transformers, f"{name}Config")(**values)
+
+
+def save(folder: Path, name: str, **settings: Any) -> Any:
+    """Write a random model of a kind, lively, with norms and biases of all values."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config_of(name, **settings))
+    model.eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.dim() > 1 else 0.3))
+    model.save_pretrained(str(folder))
+    return model
+
+
+def load(folder: Path, **settings: Any) -> Backbone:
+    return load_backbone(BackboneConfig(path=str(folder), sharding="replicated", **settings))
+
+
+def kinds_of_norm(backbone: Backbone) -> set[type]:
+    hidden = [m for block in backbone.blocks() for m in block.computation.modules()]
+    norms = [m for m in (*hidden, *backbone.model.modules()) if "Norm" in type(m).__name__]
+    return {type(norm) for norm in norms}
+
+
+@pytest.mark.parametrize("tie", [False, True], ids=["own head", "tied head"])
+@pytest.mark.parametrize("name", KNOWN)
+def test_logits_and_gradient_are_those_of_transformers(
+    name: str, tie: bool, tmp_path: Path
+) -> None:
+    model = save(tmp_path, name, tie=tie, **KNOWN[name])
+    backbone = load(tmp_path, activation_checkpointing="every_2")
+    ours, plain = reference.ours(backbone), reference.plain(model)
+    reference.assert_equal(ours, plain, logits=1e-5, gradient=1e-5)
+    assert (kinds_of_norm(backbone) == {FrozenRMSNorm}) == (name in OUR_NORM)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma2"])
+def test_bf16_is_that_of_transformers(name: str, tmp_path: Path) -> None:
+    model = save(tmp_path, name, **KNOWN[name])
+    expected = reference.plain(model).logits
+    for found, in_bf16, exact in zip(
+        reference.ours(load(tmp_path, dtype="bf16")).logits,
+        reference.plain_logits(model.bfloat16()),
+        expected,
+        strict=True,
+    ):
+        assert (found - exact).norm() < 1.5 * (in_bf16 - exact).norm()
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_taken_apart_is_refused_with_the_reason(name: str, tmp_path: Path) -> None:
+    settings, reason = REFUSED[name]
+    save(tmp_path, name, **settings)
+    with pytest.raises(BackboneError, match=reason) as failure:
+        load(tmp_path)
+    assert "Use a Llama-like model or a T5" in str(failure.value).replace("; use", ". Use")
+
+
+def test_an_unknown_encoder_decoder_is_refused_by_its_name(tmp_path: Path) -> None:
+    config = transformers.BartConfig(
+        vocab_size=53, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16
+    )
+    transformers.BartForConditionalGeneration(config).save_pretrained(str(tmp_path))
+    with pytest.raises(BackboneError, match=r"'bart' are not known here; t5 and mt5 are"):
+        load(tmp_path)
+
+
+def test_a_table_that_looks_up_in_its_own_way_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, "Llama")
+
+    class OwnTable(nn.Embedding):
+        pass
+
+    own_nn = SimpleNamespace(**{**vars(nn), "Embedding": OwnTable})
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(transformers.models.llama.modeling_llama, "nn", own_nn)
+        with pytest.raises(BackboneError, match=r"embed_tokens\.weight belongs to a OwnTable"):
+            inventory_of(tmp_path, BackboneConfig(path=str(tmp_path)))
+
+
+class OnePlusRMSNorm(nn.Module):
+    """Gemma's: its weight is added to one."""
+
+    def __init__(self, weight_D: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight_D)
+        self.eps = 1e-6
+
+    def forward(self, hidden_D: torch.Tensor) -> torch.Tensor:
+        normed_D = hidden_D.float()
+        normed_D = normed_D * torch.rsqrt(normed_D.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (normed_D * (1 + self.weight.float())).type_as(hidden_D)
+
+
+class OtherEpsilonRMSNorm(OnePlusRMSNorm):
+    """A plain norm that adds its epsilon to the root."""
+
+    def forward(self, hidden_D: torch.Tensor) -> torch.Tensor:
+        root = hidden_D.pow(2).mean(-1, keepdim=True).sqrt() + self.eps
+        return hidden_D / root * self.weight
+
+
+class PlainRMSNorm(OnePlusRMSNorm):
+    """Llama's."""
+
+    def forward(self, hidden_D: torch.Tensor) -> torch.Tensor:
+        return nn.functional.rms_norm(hidden_D, self.weight.shape, self.weight, self.eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [0.0, 1.0, 300.0, 1e6])
+def test_only_a_plain_norm_is_replaced_whatever_its_weights(
+    dtype: torch.dtype, value: float
+) -> None:
+    """1 + 300 and 300 are nearly, 1 + 1e6 and 1e6 in bf16 wholly, the same."""
+    weight_D = torch.full((16,), value, dtype=dtype)
+    kinds = (OnePlusRMSNorm, OtherEpsilonRMSNorm, PlainRMSNorm)
+    model = nn.Sequential(*(kind(weight_D) for kind in kinds))
+    replace_norms(model)
+    assert [type(child) for child in model] == [OnePlusRMSNorm, OtherEpsilonRMSNorm, FrozenRMSNorm]
+    assert all(child.weight is weight_D for child in model)
