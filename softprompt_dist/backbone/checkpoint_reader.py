@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +29,7 @@ _MAPPED_BYTES = 64 * 2**20
 """Mapped pages count as this process's memory; closing the files gives them back."""
 _FAULT_BYTES = 2 * 2**20
 """The system may map this much around a byte that is read: samples of a tensor are not small."""
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _UNREADABLE = (SafetensorError, OSError, RuntimeError, EOFError, KeyError, ValueError)
 
 
@@ -100,6 +102,17 @@ class CheckpointReader:
             return Int8Rows().encode(self._stored(name, first, last))
         scale_R1 = self._stored(name + SCALE_SUFFIX, first, last)
         return Int8Rows.join(self._stored(name, first, last), scale_R1[:, 0])
+
+    def holds_numbers(self, name: str) -> bool:
+        """Whether `rows` gives a tensor's values: it is floating-point, or int8 as ours.
+
+        Quantized checkpoints of other projects hold codes under the same names.
+        """
+        if not self.is_quantized(name):
+            return self.dtype(name) in _FLOATING
+        scale = name + SCALE_SUFFIX
+        one_each = math.prod(self._file_of[scale].shapes[scale]) == self.shapes[name][0]
+        return self.dtype(name) == torch.int8 and one_each
 
     def is_quantized(self, name: str) -> bool:
         """Whether the tensor is stored as int8 rows with scales."""
@@ -251,7 +264,7 @@ def _is_scale(name: str) -> bool:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        names: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError) as error:
+        names: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise BackboneError(f"Cannot read {index}: {error}. Fetch the file again.") from error
     return names

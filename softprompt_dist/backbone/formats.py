@@ -74,7 +74,7 @@ class Int8Rows:
     def encode(self, values_RC: Tensor) -> Tensor:
         """See `RowFormat`."""
         lowest_R, greatest_R = torch.aminmax(values_RC.detach(), dim=1)
-        scale_R = torch.maximum(-lowest_R, greatest_R).float() / _LARGEST_INT8
+        scale_R = torch.maximum(lowest_R.abs(), greatest_R.abs()).float() / _LARGEST_INT8
         # A row of zeros is stored as zeros, whatever its scale.
         divisor_R = torch.where(scale_R > 0, scale_R, torch.ones_like(scale_R))
         quantized_RC = (values_RC / divisor_R[:, None]).round_().to(torch.int8)

@@ -39,7 +39,8 @@ def take_inventory(skeleton: Skeleton, reader: CheckpointReader, config: Any) ->
     embedding for every T5, and under ZeRO-3 drops the stored head without a word.
 
     Raises:
-        BackboneError: a tensor is missing, has another shape, or has no place in the model.
+        BackboneError: a tensor is missing, has another shape, holds codes in place of numbers, or
+            has no place in the model.
     """
     inventory = Inventory(skeleton, reader, config)
     wanted = dict(_wanted(skeleton))
@@ -55,6 +56,7 @@ def take_inventory(skeleton: Skeleton, reader: CheckpointReader, config: Any) ->
         raise BackboneError(_missing(missing, reader, skeleton))
     inventory.stored = {name: by_name[name] for name in [*wanted, skeleton.embedding]}
     _check_shapes(inventory, wanted)
+    _check_numbers(inventory)
     _check_leftovers(inventory)
     return inventory
 
@@ -92,6 +94,19 @@ def _check_shapes(inventory: Inventory, wanted: dict[str, tuple[int, ...]]) -> N
             f"Backbone {inventory.reader.folder}: config.json and weights disagree about "
             f"{len(wrong)} tensors: {'; '.join(wrong[:5])}. Use the config.json that belongs to "
             "these weights."
+        )
+
+
+def _check_numbers(inventory: Inventory) -> None:
+    reader, table = inventory.reader, inventory.stored[inventory.skeleton.embedding]
+    codes = [n for n in set(inventory.stored.values()) if not reader.holds_numbers(n)]
+    codes += [table] if table not in codes and reader.is_quantized(table) else []
+    if codes:
+        listed = [f"{name} ({reader.dtype(name)})" for name in sorted(codes)[:5]]
+        raise BackboneError(
+            f"Backbone {reader.folder} stores {len(codes)} tensors neither as floating-point "
+            f"numbers nor as `softprompt convert` writes int8: {', '.join(listed)}. Set "
+            "backbone.path to the original checkpoint, and backbone.quantization for a smaller one."
         )
 
 

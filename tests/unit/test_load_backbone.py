@@ -256,6 +256,31 @@ def test_a_config_that_is_none_is_refused(t5_folder: Path, text: str) -> None:
         load(t5_folder)
 
 
+@pytest.mark.parametrize(
+    "name", ["shared.weight", "lm_head.weight", "encoder.block.0.layer.0.layer_norm.weight"]
+)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.float8_e4m3fn])
+def test_codes_in_place_of_numbers_are_refused(
+    t5_folder: Path, name: str, dtype: torch.dtype
+) -> None:
+    change_weights(t5_folder, lambda w: {**w, name: w[name].to(dtype)})
+    with pytest.raises(
+        BackboneError, match="stores 1 tensors neither as floating-point"
+    ) as failure:
+        load(t5_folder)
+    assert f"{name} ({dtype})" in str(failure.value)
+    assert str(t5_folder) in str(failure.value)
+    assert "Set backbone.path to the original checkpoint" in str(failure.value)
+
+
+def test_an_int8_table_is_refused(t5_folder: Path) -> None:
+    table, scales = torch.zeros(256, 32, dtype=torch.int8), torch.ones(256)
+    held = {"shared.weight": table, "shared.weight_scale": scales}
+    change_weights(t5_folder, lambda w: {**w, **held})
+    with pytest.raises(BackboneError, match=r"shared\.weight \(torch\.int8\)"):
+        load(t5_folder)
+
+
 def test_a_config_of_other_shapes_is_refused(t5_folder: Path) -> None:
     change_config(t5_folder, d_ff=48)
     with pytest.raises(BackboneError, match=str(t5_folder)):
