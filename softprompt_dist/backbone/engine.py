@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,23 @@ _BELONGS_TO_RECIPE = {
     "gradient_clipping": "optimizer.clipping_threshold",
 }
 _SECTIONS = ("zero_optimization", "bf16", "fp16", OWN_SECTION)
-_LIVE_BLOCKS = 4
-"""The last block, the head, and two around them."""
 _NVME_BUFFERS = 4
 """Blocks whose parts are on their way from the disk at a time."""
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """Bytes of what is gathered at a time."""
+
+    largest_repeated: int
+    head: int
+    num_parts: int
+    """Into how many parts each is cut."""
+
+    @property
+    def largest_part(self) -> int:
+        """Bytes of the largest part that a rank holds."""
+        return -(-max(self.largest_repeated, self.head) // self.num_parts)
 
 
 def read_engine_config(path: str | Path) -> dict[str, Any]:
@@ -78,30 +92,30 @@ def apply_engine_config(backbone: BackboneConfig, values: dict[str, Any]) -> Bac
 
 
 def engine_config(
-    backbone: BackboneConfig, values: dict[str, Any] | None, *, largest_block: int, num_parts: int
+    backbone: BackboneConfig, values: dict[str, Any] | None, sizes: BlockSizes
 ) -> dict[str, Any]:
     """What DeepSpeed is given for a sharded backbone: the ds_config, completed.
 
     Args:
         backbone: the recipe's section.
         values: the ds_config, or None.
-        largest_block: bytes of the largest block, the head included.
-        num_parts: into how many parts each is cut.
+        sizes: of the blocks.
     """
     base = {} if values is None else {k: v for k, v in values.items() if k != OWN_SECTION}
     ours: dict[str, Any] = {
         "stage": 3,
-        # A parameter is a whole block: one more than the current one is on its way.
+        # A parameter is a whole block. Any room at all brings the next one in, and there is room
+        # beside one block only: exactly one is on its way.
         "stage3_prefetch_bucket_size": 1,
         "stage3_param_persistence_threshold": 0,
-        "stage3_max_live_parameters": _LIVE_BLOCKS * largest_block,
+        "stage3_max_live_parameters": sizes.largest_repeated + 1,
         # The last block stays while the head is used, since the backward pass begins with both.
-        "stage3_max_reuse_distance": 2 * largest_block,
+        "stage3_max_reuse_distance": 2 * sizes.head + 1,
         # Our layers keep no input and no gathered copy, which this switch is for.
         "memory_efficient_linear": False,
     }
     if backbone.offload != "none":
-        ours["offload_param"] = _offload(backbone, -(-largest_block // num_parts))
+        ours["offload_param"] = _offload(backbone, sizes.largest_part)
     given = base.get("zero_optimization", {})
     offload = ours.get("offload_param", {}) | given.get("offload_param", {})
     zero = ours | given | ({"offload_param": offload} if offload else {})

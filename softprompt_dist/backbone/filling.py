@@ -15,13 +15,13 @@ from softprompt_dist.backbone.arrival import slot_sums
 from softprompt_dist.backbone.base import Backbone, CausalBackbone, Identity, Seq2SeqBackbone
 from softprompt_dist.backbone.checkpoint_reader import CheckpointReader
 from softprompt_dist.backbone.embedding import FrozenEmbedding
-from softprompt_dist.backbone.engine import engine_config
+from softprompt_dist.backbone.engine import BlockSizes, engine_config
 from softprompt_dist.backbone.fingerprint import fingerprint
 from softprompt_dist.backbone.flat_weights import FrozenBlock
 from softprompt_dist.backbone.formats import Int8Rows, PlainRows, RowFormat
 from softprompt_dist.backbone.inventory import Inventory
 from softprompt_dist.backbone.layers import FrozenLinear
-from softprompt_dist.backbone.skeleton import replace_norms
+from softprompt_dist.backbone.replacements import replace_gated_feed_forwards, replace_norms
 from softprompt_dist.config import BackboneConfig
 from softprompt_dist.parallel import ranks
 
@@ -45,6 +45,7 @@ def fill(
     quantizable = skeleton.quantizable(config.quantized_layers)
     for name in skeleton.blocks:
         _lay_out(inventory, name, config, quantizable)
+        replace_gated_feed_forwards(skeleton.blocks[name].computation)
     shape = Seq2SeqBackbone if inventory.config.is_encoder_decoder else CausalBackbone
     embedding, identity = embedding_of(inventory, config), identity_of(inventory, config)
     backbone = shape(skeleton.model, embedding, inventory.config, identity)
@@ -93,10 +94,9 @@ def _fill_parts(
 
     blocks = inventory.skeleton.blocks
     world_size = dist.get_world_size(group)
-    largest_block = max(run_bytes(block.num_bytes, world_size) for block in blocks.values())
-    backbone.engine_config = engine_config(
-        config, ds_config, largest_block=largest_block, num_parts=world_size
-    )
+    *repeated, head = (run_bytes(block.num_bytes, world_size) for block in blocks.values())
+    sizes = BlockSizes(max(repeated), head, world_size)
+    backbone.engine_config = engine_config(config, ds_config, sizes)
     sharder = BlockSharder(backbone.engine_config, backbone.traffic, group)
     for block in blocks.values():
 

@@ -107,6 +107,9 @@ _ACTIVATIONS["gelu_pytorch_tanh"] = _ACTIVATIONS["gelu_new"]
 _ACTIVATIONS["swish"] = _ACTIVATIONS["silu"]
 
 
+ACTIVATION_NAMES = tuple(_ACTIVATIONS)
+
+
 def knows_activation(name: str) -> bool:
     """Whether `activate` and `activate_gated` can compute it."""
     return name in _ACTIVATIONS
@@ -121,6 +124,25 @@ def activate_gated(name: str, gate: Tensor, linear: Tensor) -> Tensor:
     """activation(gate) * linear; only the two are kept, the activation is computed again."""
     output: Tensor = _GatedActivation.apply(gate, linear, name)
     return output
+
+
+class FrozenGatedFeedForward(nn.Module):
+    """down(activation(gate(x)) * up(x)), as in Llama."""
+
+    def __init__(
+        self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module, activation: str
+    ) -> None:
+        super().__init__()
+        self.gate_proj = gate_proj
+        self.up_proj = up_proj
+        self.down_proj = down_proj
+        self.activation = activation
+
+    def forward(self, hidden_D: Tensor) -> Tensor:
+        """[..., D] to [..., D]."""
+        gate, linear = self.gate_proj(hidden_D), self.up_proj(hidden_D)
+        output_D: Tensor = self.down_proj(activate_gated(self.activation, gate, linear))
+        return output_D
 
 
 class _GatedActivation(torch.autograd.Function):

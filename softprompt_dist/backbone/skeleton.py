@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from softprompt_dist.backbone.flat_weights import FrozenBlock
-from softprompt_dist.backbone.layers import FrozenLinear, FrozenRMSNorm, knows_activation
+from softprompt_dist.backbone.layers import FrozenLinear, knows_activation
 from softprompt_dist.backbone.t5 import T5
 from softprompt_dist.errors import BackboneError
 
@@ -29,8 +29,6 @@ _OLD_HEAD = "embed_out.weight"
 """What GPT-NeoX checkpoints call the head that transformers 5 calls lm_head."""
 _FORWARD_ARGUMENTS = {"inputs_embeds", "attention_mask", "position_ids", "logits_to_keep"}
 """What the backbone gives a decoder-only model."""
-_PROBE_SCALES = (1.0, 1e-3)
-"""Of inputs for a norm: one that hides its epsilon and one that shows it."""
 
 
 @dataclass
@@ -212,32 +210,3 @@ def _collect_buffers(
 
 def _joined(*parts: str) -> str:
     return ".".join(part for part in parts if part)
-
-
-def replace_norms(model: nn.Module) -> None:
-    """Put our fused norm where a module's numbers are just those of a root mean square norm."""
-    for module in list(model.modules()):
-        for attribute, child in list(module.named_children()):
-            epsilon = getattr(child, "variance_epsilon", getattr(child, "eps", None))
-            weight = child._buffers.get("weight")  # noqa: SLF001 - not a slot's bytes
-            if not type(child).__name__.endswith("RMSNorm") or epsilon is None or weight is None:
-                continue
-            if _is_plain_rms_norm(child, weight, epsilon):
-                setattr(module, attribute, FrozenRMSNorm(weight, epsilon))
-
-
-@torch.no_grad()
-def _is_plain_rms_norm(norm: nn.Module, weight: torch.Tensor, epsilon: float) -> bool:
-    """Found out by trying: some norms add one to the weight, or subtract a mean.
-
-    In fp32 and with other weights than its own, which could hide the difference.
-    """
-    trial = torch.linspace(0.3, 1.7, len(weight), device=weight.device)
-    row = torch.linspace(-2, 3, len(weight), device=weight.device).roll(len(weight) // 3)
-    expected = FrozenRMSNorm(trial, epsilon)
-    norm.register_buffer("weight", trial)
-    try:
-        rows = [scale * row[None] for scale in _PROBE_SCALES]
-        return all(torch.allclose(norm(row), expected(row), rtol=1e-4, atol=1e-5) for row in rows)
-    finally:
-        norm.register_buffer("weight", weight)

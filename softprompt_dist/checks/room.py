@@ -8,13 +8,8 @@ import psutil
 import torch
 
 from softprompt_dist.backbone.architecture import architecture_of
-from softprompt_dist.backbone.memory_model import (
-    Cell,
-    Cluster,
-    Workload,
-    check_memory,
-    predict_memory,
-)
+from softprompt_dist.backbone.cell import Cell, Cluster, Workload
+from softprompt_dist.backbone.memory_model import check_memory, predict_memory
 from softprompt_dist.checks.finding import Finding
 from softprompt_dist.checks.job_files import read_config
 from softprompt_dist.checks.machine import on_gpu

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from softprompt_dist.backbone.memory_model import Cluster
+from softprompt_dist.backbone.cell import Cluster
 from softprompt_dist.errors import ConfigError
 from softprompt_dist.parallel.join import (
     check_rank_variables,

@@ -12,7 +12,8 @@ import psutil
 import torch
 
 from softprompt_dist.backbone.architecture import architecture_of
-from softprompt_dist.backbone.memory_model import Cell, Cluster, Workload, check_memory
+from softprompt_dist.backbone.cell import Cell, Cluster, Workload
+from softprompt_dist.backbone.memory_model import check_memory
 from softprompt_dist.config import TuneConfig
 from softprompt_dist.errors import BackboneError
 from softprompt_dist.parallel import ranks

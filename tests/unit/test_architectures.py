@@ -14,7 +14,7 @@ from torch import nn
 from softprompt_dist.backbone.base import Backbone
 from softprompt_dist.backbone.layers import FrozenRMSNorm
 from softprompt_dist.backbone.load import inventory_of, load_backbone
-from softprompt_dist.backbone.skeleton import replace_norms
+from softprompt_dist.backbone.replacements import replace_norms
 from softprompt_dist.config import BackboneConfig
 from softprompt_dist.errors import BackboneError
 from tests import reference
