@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests import runs
+from tests.messages import Said
 from tests.models import save_enlarged
 
 _has_gpu = torch.cuda.is_available
@@ -81,3 +83,19 @@ def lone_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     leave_world()
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture
+def said(capfd: pytest.CaptureFixture[str]) -> Said:
+    """`said(main, *arguments)`: exit code, standard output and standard error of a verb."""
+
+    def run(main: Callable[..., Any], *arguments: str | Path) -> tuple[int, str, str]:
+        capfd.readouterr()
+        from softprompt_dist.parallel.verb import run_verb
+
+        with pytest.raises(SystemExit) as ended:
+            run_verb(main, [str(argument) for argument in arguments])
+        out, err = capfd.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return run

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,8 +87,8 @@ def apply_engine_config(backbone: BackboneConfig, values: dict[str, Any]) -> Bac
     try:
         return BackboneConfig.model_validate(backbone.model_dump() | changes)
     except ValidationError as error:
-        reasons = [str(e["msg"]).removeprefix("Value error, ") for e in error.errors()]
-        raise ConfigError("ds_config and recipe together: " + " ".join(reasons)) from error
+        reasons = " ".join(_reason(problem) for problem in error.errors())
+        raise ConfigError(f"ds_config and recipe together: {reasons}") from error
 
 
 def engine_config(
@@ -100,6 +100,9 @@ def engine_config(
         backbone: the recipe's section.
         values: the ds_config, or None.
         sizes: of the blocks.
+
+    Raises:
+        ConfigError: DeepSpeed does not know a key or a value of `zero_optimization`.
     """
     base = {} if values is None else {k: v for k, v in values.items() if k != OWN_SECTION}
     ours: dict[str, Any] = {
@@ -117,8 +120,9 @@ def engine_config(
     if backbone.offload != "none":
         ours["offload_param"] = _offload(backbone, sizes.largest_part)
     given = base.get("zero_optimization", {})
-    offload = ours.get("offload_param", {}) | given.get("offload_param", {})
+    offload = ours.get("offload_param", {}) | (given.get("offload_param") or {})
     zero = ours | given | ({"offload_param": offload} if offload else {})
+    _check_zero(zero)
     # Parameters are bytes, so DeepSpeed has nothing to cast; batches never pass through it.
     return {
         **base,
@@ -126,6 +130,27 @@ def engine_config(
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": False},
     }
+
+
+def _check_zero(zero: dict[str, Any]) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        known = [f.alias or n for n, f in DeepSpeedZeroConfig.model_fields.items()]
+        problems = [
+            f"\n  - zero_optimization.{_reason(problem)}{_similar(str(problem['loc'][-1]), known)}"
+            for problem in error.errors()
+        ]
+        raise ConfigError("ds_config: DeepSpeed refuses" + "".join(problems)) from error
+
+
+def _reason(problem: Any) -> str:
+    """One of pydantic's errors with its key and value, which its own words leave out."""
+    message = str(problem["msg"]).removeprefix("Value error, ").rstrip(".")
+    name = ".".join(map(str, problem["loc"]))
+    return f"{name} is {problem['input']!r}: {message}." if name else f"{message}."
 
 
 def _offload(backbone: BackboneConfig, largest_part: int) -> dict[str, Any]:
@@ -141,10 +166,14 @@ def _offload(backbone: BackboneConfig, largest_part: int) -> dict[str, Any]:
 
 
 def _wrong_kinds(values: dict[str, Any]) -> list[str]:
+    found = {name: values.get(name, {}) for name in _SECTIONS}
+    zero = found["zero_optimization"]
+    if isinstance(zero, dict) and zero.get("offload_param") is not None:
+        found["zero_optimization.offload_param"] = zero["offload_param"]
     return [
-        f"sets {name!r} to {values[name]!r}; it must be an object of settings."
-        for name in _SECTIONS
-        if not isinstance(values.get(name, {}), dict)
+        f"sets {name!r} to {value!r}; it must be an object of settings."
+        for name, value in found.items()
+        if not isinstance(value, dict)
     ]
 
 
@@ -176,9 +205,12 @@ def _misplaced(values: dict[str, Any]) -> list[str]:
 
 
 def _nearest(key: str) -> str:
-    close = difflib.get_close_matches(key, _OWN_KEYS, n=1)
-    known = f" Known: {', '.join(_OWN_KEYS)}."
-    return (f" Did you mean {close[0]!r}?" if close else "") + known
+    return f"{_similar(key, _OWN_KEYS)} Known: {', '.join(_OWN_KEYS)}."
+
+
+def _similar(key: str, known: Sequence[str]) -> str:
+    close = [] if key in known else difflib.get_close_matches(key, known, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def _automatic(values: dict[str, Any], prefix: str = "") -> Iterator[str]:

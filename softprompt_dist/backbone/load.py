@@ -16,6 +16,7 @@ from softprompt_dist.backbone.demo import resolve_backbone
 from softprompt_dist.backbone.embedding import FrozenEmbedding
 from softprompt_dist.backbone.filling import embedding_of, fill, identity_of
 from softprompt_dist.backbone.inventory import Inventory, take_inventory
+from softprompt_dist.backbone.offload import assert_offload_possible
 from softprompt_dist.backbone.skeleton import build_skeleton
 from softprompt_dist.config import BackboneConfig
 from softprompt_dist.data.batching import Family
@@ -84,8 +85,11 @@ def load_backbone(config: BackboneConfig, ds_config: dict[str, Any] | None = Non
 
     Raises:
         BackboneError: unreadable, incomplete or unsupported checkpoint.
-        MachineError: `shard_group: node` on nodes that cannot be told apart.
+        ConfigError: DeepSpeed does not know a setting of the ds_config.
+        MachineError: `shard_group: node` on nodes that cannot be told apart, or `offload: nvme`
+            where nothing can be written.
     """
+    ranks.together(lambda: assert_offload_possible(config))
     folder = locate_backbone(config)
     inventory = ranks.together(lambda: inventory_of(folder, config))
     _warn_of_int8_held_otherwise(inventory, config)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from softprompt_dist import evaluate, train
 from softprompt_dist.config import TuneConfig
-from softprompt_dist.parallel.verb import Main, run_verb
 from softprompt_dist.recipe import load_recipe
 from softprompt_dist.run import session
 from tests import runs
+from tests.messages import Said, assert_message
 
 pytestmark = pytest.mark.usefixtures("lone_process")
-Said = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def said(capfd: pytest.CaptureFixture[str]) -> Said:
-    """`said(main, *arguments)`: exit code, standard output and standard error of a verb."""
-
-    def run(main: Main, *arguments: str | Path) -> tuple[int, str, str]:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            run_verb(main, [str(argument) for argument in arguments])
-        out, err = capfd.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -44,15 +28,6 @@ def tuned(tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("tuned") / "run"
     session.train(load_recipe(TuneConfig, tiny_recipe, [f"run_directory={run_dir}", "steps=2"]))
     return run_dir
-
-
-def assert_message(outcome: tuple[int, str, str], *parts: str | Path) -> None:
-    code, _, err = outcome
-    assert code == 2
-    assert sum(line.startswith("error: ") for line in err.splitlines()) == 1, err
-    assert "Traceback" not in err
-    for part in parts:
-        assert str(part) in err, err
 
 
 def with_rows(tiny_data: Path, tmp_path: Path, rows: list[dict[str, Any]]) -> list[str]:
@@ -123,16 +98,6 @@ def test_a_run_directory_that_cannot_be_made(said: Said, tiny_recipe: Path, tmp_
     run_dir = tmp_path / "file" / "run"
     outcome = said(train.main, "--recipe", tiny_recipe, "--run-dir", run_dir)
     assert_message(outcome, run_dir, "--run-dir")
-
-
-@pytest.mark.parametrize("damage", ["model.safetensors", "tokenizer.json", "config.json"])
-def test_a_damaged_backbone(
-    said: Said, tiny_recipe: Path, tiny_t5: Path, tmp_path: Path, damage: str
-) -> None:
-    folder = Path(shutil.copytree(tiny_t5, tmp_path / "t5"))
-    (folder / damage).write_bytes(b"{")
-    arguments = ["--set", f"backbone.path={folder}", "--run-dir", tmp_path / "run"]
-    assert_message(said(train.main, "--recipe", tiny_recipe, *arguments), folder)
 
 
 def test_more_positions_than_the_backbone_has(

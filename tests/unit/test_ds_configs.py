@@ -1,14 +1,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from softprompt_dist.backbone.engine import apply_engine_config, read_engine_config
+from softprompt_dist.backbone.engine import (
+    BlockSizes,
+    apply_engine_config,
+    engine_config,
+    read_engine_config,
+)
 from softprompt_dist.config import BackboneConfig
+from softprompt_dist.errors import ConfigError
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
 CELLS = {
@@ -55,3 +61,109 @@ def test_deepspeed_knows_each_key_and_the_readme_explains_it(name: str) -> None:
     assert not zero.model_extra
     readme = (FOLDER / "README.md").read_text()
     assert [key for key in dotted_keys(values) if f"`{key}`" not in readme] == []
+
+
+@pytest.fixture
+def applied(tmp_path: Path) -> Callable[..., BackboneConfig]:
+    """`applied(values, **recipe)`: the backbone section once a ds_config has had its say."""
+
+    def read_and_apply(values: Any, **recipe: Any) -> BackboneConfig:
+        path = tmp_path / "ds_config.json"
+        path.write_text(json.dumps(values))
+        return apply_engine_config(BackboneConfig(**recipe), read_engine_config(path))
+
+    return read_and_apply
+
+
+ZERO3 = {"zero_optimization": {"stage": 3}}
+WRONG: dict[str, tuple[Any, str]] = {
+    "own key misspelt": (
+        {**ZERO3, "softprompt": {"quantisation": "int8"}},
+        r"ds_config\.json.*softprompt\.quantisation.*Did you mean 'quantization'\?.*Known:",
+    ),
+    "own key of the recipe alone": (
+        {**ZERO3, "softprompt": {"max_input_tokens": 3}},
+        r"softprompt\.max_input_tokens.*unknown.*Known: quantization, quantized_layers",
+    ),
+    "own value": (
+        {**ZERO3, "softprompt": {"quantization": "int4"}},
+        r"quantization is 'int4': .*'none', 'int8', 'llm_int8' or 'nf4'",
+    ),
+    "own section": ({**ZERO3, "softprompt": "int8"}, r"sets 'softprompt' to 'int8'.*an object"),
+    "whole on every rank": (
+        {**ZERO3, "softprompt": {"quantization": "nf4"}},
+        r"quantization is 'nf4'.*sharding is 'zero3'.*Set quantization=int8, or sharding=rep",
+    ),
+    "off-load without parts": (
+        {"zero_optimization": {"stage": 0, "offload_param": {"device": "cpu"}}},
+        r"offload is 'cpu'.*sharding is 'replicated'.*Set sharding=zero3, or offload=none",
+    ),
+    "off-load to nowhere": (
+        {"zero_optimization": {"stage": 3, "offload_param": {"device": "disk"}}},
+        r"offload is 'disk': .*'none', 'cpu' or 'nvme'",
+    ),
+    "nvme without a path": (
+        {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+        r"offload is 'nvme' and offload_path is None; a path goes with nvme",
+    ),
+    "off-load that is no object": (
+        {"zero_optimization": {"stage": 3, "offload_param": "cpu"}},
+        r"sets 'zero_optimization\.offload_param' to 'cpu'.*an object",
+    ),
+    "stage 2": ({"zero_optimization": {"stage": 2}}, r"ZeRO stage 2.*Use 3 .* or 0"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_cannot_be_is_refused_with_value_rule_and_remedy(
+    case: str, applied: Callable[..., BackboneConfig]
+) -> None:
+    values, said = WRONG[case]
+    with pytest.raises(ConfigError, match=f"(?s){said}"):
+        applied(values)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ({"offload": "cpu"}, r"offload is 'cpu'.*sharding is 'replicated'"),
+        ({"shard_group": "node"}, r"shard_group is 'node', but sharding is 'replicated'"),
+    ],
+)
+def test_a_ds_config_that_takes_the_ground_from_the_recipe_is_refused(
+    recipe: dict[str, Any], said: str, applied: Callable[..., BackboneConfig]
+) -> None:
+    assert applied(ZERO3, **recipe).sharding == "zero3"
+    with pytest.raises(ConfigError, match=f"ds_config and recipe together: {said}"):
+        applied({"zero_optimization": {"stage": 0}}, **recipe)
+
+
+def test_own_settings_reach_the_backbone_and_not_deepspeed(
+    applied: Callable[..., BackboneConfig],
+) -> None:
+    own = {"quantization": "int8", "quantized_layers": "blocks_without_wo", "shard_group": "node"}
+    values = {**ZERO3, "softprompt": {**own, "activation_checkpointing": "every_3"}}
+    backbone = applied(values, quantization="none")
+    chosen = backbone.model_dump(include={*own, "activation_checkpointing"})
+    assert chosen == values["softprompt"]
+    assert "softprompt" not in engine_config(backbone, values, SIZES)
+
+
+SIZES = BlockSizes(largest_repeated=64, head=64, num_parts=2)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        (
+            {"stage3_prefetch_bucketsize": 1},
+            "stage3_prefetch_bucketsize is 1.*'stage3_prefetch_bucket_size'",
+        ),
+        ({"stage3_max_live_parameters": "many"}, "stage3_max_live_parameters is 'many'.*integer"),
+        ({"offload_param": {"bufer_size": 1}}, r"offload_param\.bufer_size is 1.*not permitted"),
+    ],
+)
+def test_what_deepspeed_does_not_know_is_a_message(setting: dict[str, Any], said: str) -> None:
+    values = {"zero_optimization": {"stage": 3, **setting}}
+    with pytest.raises(ConfigError, match=rf"DeepSpeed refuses\n  - zero_optimization\.{said}"):
+        engine_config(BackboneConfig(), values, SIZES)

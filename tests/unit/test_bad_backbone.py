@@ -1,0 +1,167 @@
+"""A backbone that is damaged or fits nothing, and a cell that is not there: one message each."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from softprompt_dist import train
+from tests import runs
+from tests.messages import Said, assert_message
+
+pytestmark = pytest.mark.usefixtures("lone_process")
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture
+def folder(tiny_t5: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny T5 that a test may damage."""
+    return Path(shutil.copytree(tiny_t5, tmp_path / "t5"))
+
+
+@pytest.mark.parametrize("damage", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_damaged_backbone(said: Said, tiny_recipe: Path, folder: Path, damage: str) -> None:
+    (folder / damage).write_bytes(b"{")
+    arguments = ["--set", f"backbone.path={folder}", "--run-dir", folder.parent / "run"]
+    assert_message(said(train.main, "--recipe", tiny_recipe, *arguments), folder)
+
+
+HEAD, WO = "lm_head.weight", "encoder.block.1.layer.1.DenseReluDense.wo.weight"
+MISFITS: dict[str, tuple[Callable[[Tensors], Tensors], tuple[str, ...]]] = {
+    "a tensor is missing": (
+        lambda w: {n: t for n, t in w.items() if n != WO},
+        ("lacks 1 tensors", WO, "Fetch the checkpoint again"),
+    ),
+    "the head is missing": (
+        lambda w: {n: t for n, t in w.items() if n != HEAD},
+        ("lacks 1 tensors", HEAD, "a head of its own", "Fetch the checkpoint again"),
+    ),
+    "a tensor has another shape": (
+        lambda w: {**w, WO: w[WO][:, :-1].contiguous()},
+        (f"{WO} is (32, 63), not (32, 64)", "Use the config.json that belongs"),
+    ),
+    "a matrix is a vector": (
+        lambda w: {**w, WO: w[WO][0].clone()},
+        (f"{WO} is (64,), not (32, 64)", "Use the config.json that belongs"),
+    ),
+    "tensors that belong nowhere": (
+        lambda w: {**w, "adapter.a": torch.ones(2), "adapter.b": torch.ones(2)},
+        ("holds 2 tensors", "['adapter.a', 'adapter.b']", "Use the config.json that belongs"),
+    ),
+    "codes for numbers": (
+        lambda w: {**w, WO: w[WO].to(torch.int8)},
+        (f"{WO} (torch.int8)", "Set backbone.path to the original checkpoint"),
+    ),
+}
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.parametrize("case", MISFITS)
+def test_weights_that_do_not_fit_their_config(
+    said: Said, tiny_recipe: Path, folder: Path, case: str, quantization: str
+) -> None:
+    change, parts = MISFITS[case]
+    weights = load_file(folder / "model.safetensors")
+    save_file(change(weights), folder / "model.safetensors", metadata={"format": "pt"})
+    arguments = ["--set", f"backbone.path={folder}", "--run-dir", folder.parent / "run"]
+    arguments += ["--set", f"backbone.quantization={quantization}"]
+    outcome = said(train.main, "--recipe", tiny_recipe, *arguments)
+    assert_message(outcome, folder, *parts)
+
+
+@pytest.mark.parametrize("missing_bytes", [1, 5000])
+def test_a_truncated_backbone(
+    said: Said, tiny_recipe: Path, folder: Path, missing_bytes: int
+) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-missing_bytes])
+    arguments = ["--set", f"backbone.path={folder}", "--run-dir", folder.parent / "run"]
+    outcome = said(train.main, "--recipe", tiny_recipe, *arguments)
+    assert_message(outcome, file, "damaged or incomplete", "fetch it again")
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        (
+            {"d_ff": 48},
+            ("disagree about 12 tensors", "DenseReluDense.wi_0.weight is (64, 32), not (48, 32)"),
+        ),
+        ({"num_layers": 3}, ("lacks 9 tensors", "encoder.block.2")),
+        ({"num_decoder_layers": 1}, ("holds 14 tensors", "decoder.block.1")),
+        ({"feed_forward_proj": "relu"}, ("lacks 4 tensors", "DenseReluDense.wi.weight")),
+        ({"feed_forward_proj": "gated-tanh"}, ("activation 'tanh'", "not known here")),
+    ],
+)
+def test_a_config_that_does_not_fit_its_weights(
+    said: Said,
+    tiny_recipe: Path,
+    folder: Path,
+    settings: dict[str, Any],
+    parts: tuple[str, ...],
+) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    for name in ("dense_act_fn", "is_gated_act"):
+        values.pop(name, None)
+    (folder / "config.json").write_text(json.dumps({**values, **settings}))
+    arguments = ["--set", f"backbone.path={folder}", "--run-dir", folder.parent / "run"]
+    assert_message(said(train.main, "--recipe", tiny_recipe, *arguments), *parts)
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        (
+            ["quantization=nf4", "sharding=zero3"],
+            ("'nf4'", "whole on every rank", "Set quantization=int8, or sharding=replicated"),
+        ),
+        (["quantization=llm_int8", "sharding=zero3"], ("'llm_int8'", "Set quantization=int8")),
+        (["quantization=int4"], ("backbone.quantization", "'int4'", "'none', 'int8'")),
+        (["offload=cpu"], ("'cpu'", "'replicated'", "Set sharding=zero3, or offload=none")),
+        (["offload=nvme", "sharding=zero3"], ("'nvme'", "offload_path is None")),
+        (["offload_path=/x", "sharding=zero3"], ("'none'", "offload_path is '/x'")),
+        (["shard_group=node"], ("'node'", "'replicated'", "Set sharding=zero3")),
+        (["activation_checkpointing=every_0"], ("activation_checkpointing", "'every_0'")),
+        (["shard_grop=node"], ("'backbone.shard_grop'", "Did you mean 'shard_group'?")),
+    ],
+)
+def test_a_cell_that_does_not_exist(
+    said: Said, tiny_recipe: Path, settings: list[str], parts: tuple[str, ...]
+) -> None:
+    arguments = [word for one in settings for word in ("--set", f"backbone.{one}")]
+    assert_message(said(train.main, "--recipe", tiny_recipe, *arguments), *parts)
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        ({"softprompt": {"quantisation": "int8"}}, ("quantisation", "'quantization'?")),
+        ({"softprompt": {"quantization": "nf4"}}, ("'nf4'", "'zero3'", "Set quantization=int8")),
+        ({"softprompt": {"quantization": 8}}, ("quantization is 8", "'none', 'int8'")),
+    ],
+)
+def test_a_ds_config_that_asks_for_what_is_not_there(
+    said: Said, tiny_recipe: Path, tmp_path: Path, values: dict[str, Any], parts: tuple[str, ...]
+) -> None:
+    file = tmp_path / "ds_config.json"
+    file.write_text(json.dumps({**runs.PARTITION_EVERYTHING, **values}))
+    arguments = ["--recipe", tiny_recipe, "--deepspeed_config", file]
+    assert_message(said(train.main, *arguments), "ds_config", *parts)
+
+
+def test_an_off_load_folder_that_cannot_be_written(
+    said: Said, tiny_recipe: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / "file" / "parts"
+    arguments = ["sharding=zero3", "offload=nvme", f"offload_path={folder}"]
+    options = [word for one in arguments for word in ("--set", f"backbone.{one}")]
+    outcome = said(train.main, "--recipe", tiny_recipe, *options, "--run-dir", tmp_path / "run")
+    assert_message(outcome, f"backbone.offload_path {folder}", "or use backbone.offload=cpu")
