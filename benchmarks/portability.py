@@ -1,0 +1,112 @@
+"""Prompts tuned in one cell, scored in every other; and what each cell does to the loss.
+
+python -m benchmarks.portability --prompt fp32=runs/a/prompt/best.safetensors --prompt int8=...
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import Report, parser, settings_of
+
+CELLS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16": {"dtype": "bf16"},
+    "int8": {"quantization": "int8"},
+    "int8, wo whole": {"quantization": "int8", "quantized_layers": "blocks_without_wo"},
+    "llm_int8": {"quantization": "llm_int8"},
+    "llm_int8, no outliers": {"quantization": "llm_int8", "outlier_threshold": 0.0},
+    "nf4": {"quantization": "nf4"},
+}
+"""Name -> settings of the backbone section; replicated, since sharding changes no number."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Score every prompt in every cell."""
+    options = parser("portability", "Score prompts in every precision.")
+    options.add_argument("--recipe", default="demo")
+    options.add_argument("--set", action="append", default=[], dest="overrides")
+    options.add_argument("--prompt", action="append", required=True, metavar="NAME=PATH")
+    options.add_argument("--rows", type=int, default=400, help="of the test split")
+    options.add_argument("--cells", nargs="+", choices=list(CELLS), default=list(CELLS))
+    options.add_argument("--force", action="store_true", help="prompts of another backbone, too")
+    given = options.parse_args(argv)
+    prompts = dict(text.split("=", 1) for text in given.prompt)
+    measured = {name: _measure(CELLS[name], prompts, given) for name in given.cells}
+    title = f"Prompts tuned in one cell, scored in others (`{given.recipe}`, {given.rows} rows)"
+    report = Report("portability", title, settings_of(given), raw=measured)
+    report.rows = [_row(name, cell, prompts) for name, cell in measured.items()]
+    report.notes = ["Accuracy / loss in nats per target token. Weights: bytes that a rank holds."]
+    report.publish(given.out)
+
+
+def _measure(settings: dict[str, Any], prompts: dict[str, str], given: Any) -> dict[str, Any]:
+    from softprompt_dist.config import TuneConfig
+    from softprompt_dist.prompt.file import load_prompt
+    from softprompt_dist.prompt.module import SoftPrompt
+    from softprompt_dist.recipe import load_recipe
+    from softprompt_dist.run.metrics import accuracy
+    from softprompt_dist.run.tuning import build_bench
+
+    overrides = [f"backbone.{key}={value}" for key, value in settings.items()]
+    overrides += ["backbone.sharding=replicated", *given.overrides]
+    bench = build_bench(load_recipe(TuneConfig, given.recipe, overrides))
+    split = bench.splits["test"].sample(given.rows)
+    targets = [example.target_text.strip() for example in split.texts]
+    held = sum(t.numel() * t.element_size() for _, t in bench.backbone.held_tensors())
+    table_VD = bench.backbone.embedding.table_VD
+    answer: dict[str, Any] = {"bytes": held + table_VD.numel() * table_VD.element_size()}
+    for name, path in prompts.items():
+        prompt_PD, _ = load_prompt(
+            Path(path), backbone_fingerprint=bench.backbone.fingerprint, force=given.force
+        )
+        prompt = SoftPrompt(prompt_PD)
+        start = time.perf_counter()
+        score = accuracy(bench.scorer.predict(prompt, split.tokens), targets)
+        seconds = time.perf_counter() - start
+        answer[name] = {"accuracy": score, "seconds": seconds, "loss": _loss(bench, prompt, split)}
+    return answer
+
+
+def _loss(bench: Any, prompt: Any, split: Any) -> float:
+    """Mean over the target tokens of the rows."""
+    import torch
+
+    from softprompt_dist.data.batching import collate
+    from softprompt_dist.run.loss import token_loss
+    from softprompt_dist.run.scoring import pad_id_of
+
+    total = num_tokens = 0.0
+    pad_id, family = pad_id_of(bench.tokenizer), bench.backbone.family
+    tokens = sorted(split.tokens, key=lambda example: len(example.input_ids))
+    with torch.no_grad():
+        for start in range(0, len(tokens), bench.scorer.batch_size):
+            batch = collate(
+                tokens[start : start + bench.scorer.batch_size], pad_id=pad_id, family=family
+            )
+            prompt_BPD = prompt(len(batch.input_ids_BS), bench.backbone.dtype)
+            loss = token_loss(bench.backbone(prompt_BPD, batch), batch.labels_BT)
+            total += float(loss.total)
+            num_tokens += float(loss.num_tokens)
+    return total / num_tokens
+
+
+def _row(name: str, cell: dict[str, Any], prompts: dict[str, str]) -> dict[str, str]:
+    scores = {
+        f"tuned on {tuned}": f"{cell[tuned]['accuracy']:.3f} / {cell[tuned]['loss']:.4f}"
+        for tuned in prompts
+    }
+    seconds = [cell[tuned]["seconds"] for tuned in prompts]
+    return {
+        "scored on": name,
+        **scores,
+        "weights, MB": f"{cell['bytes'] / 1e6:.0f}",
+        "seconds to score": f"{min(seconds):.0f}",
+    }
+
+
+if __name__ == "__main__":
+    main()
