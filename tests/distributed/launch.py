@@ -41,16 +41,14 @@ class RankError(AssertionError):
 class RunningRanks:
     """`world_size` processes of one command; as a context manager it leaves none behind."""
 
-    def __init__(
-        self, command, world_size, log_folder, env=None, python_path=(), ranks_per_node=None
-    ):
+    def __init__(self, command, world_size, log_folder, env=None, python_path=()):
         self.log_folder = Path(log_folder)
         self.log_folder.mkdir(parents=True, exist_ok=True)
         self.port = free_port()
         self.processes = []
         for rank in range(world_size):
             variables = self._environment(rank, world_size, python_path)
-            variables |= _node_variables(rank, ranks_per_node or world_size) | (env or {})
+            variables |= env(rank) if callable(env) else (env or {})
             with self._log(rank, "out").open("wb") as out, self._log(rank, "err").open("wb") as err:
                 # Its own session: so a kill reaches its children, and nobody else's.
                 process = subprocess.Popen(
@@ -127,7 +125,9 @@ class RunningRanks:
         inherited = [os.environ.get("PYTHONPATH", "")]
         return os.environ | {
             "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(world_size),
+            "LOCAL_WORLD_SIZE": str(world_size),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(self.port),
             "OMP_NUM_THREADS": "1",
@@ -152,13 +152,11 @@ def run_module_on_ranks(module, arguments, world_size, log_folder, *, timeout=12
         return running.wait(timeout, check)
 
 
-def run_function_on_ranks(
-    function, world_size, log_folder, *, timeout=60, env=None, ranks_per_node=None, **kwargs
-):
+def run_function_on_ranks(function, world_size, log_folder, *, timeout=60, env=None, **kwargs):
     """Call `function(**kwargs)` on gloo ranks; the JSON-able value each returned, in rank order.
 
     `function` is a module-level function, or "module:function". Arguments go as JSON, paths as str.
-    With `ranks_per_node` the ranks believe to be on several nodes.
+    `env` is a dictionary, or gives the one of a rank.
     """
     python_path = [WORKER.parent]
     if not isinstance(function, str):
@@ -169,9 +167,7 @@ def run_function_on_ranks(
     arguments = json.dumps(kwargs, default=str)
     pattern = _literal(str(log_folder)) + "/rank{rank}.json"
     command = [sys.executable, str(WORKER), function, _literal(arguments), pattern]
-    with RunningRanks(
-        command, world_size, log_folder, env, python_path, ranks_per_node
-    ) as running:
+    with RunningRanks(command, world_size, log_folder, env, python_path) as running:
         running.wait(timeout)
     return [json.loads(path.read_text()) for path in results]
 
@@ -180,10 +176,6 @@ def free_port():
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]
-
-
-def _node_variables(rank, ranks_per_node):
-    return {"LOCAL_RANK": str(rank % ranks_per_node), "LOCAL_WORLD_SIZE": str(ranks_per_node)}
 
 
 def _literal(argument):

@@ -57,6 +57,10 @@ def on_two(folder, run_functions):
     return run_functions(traffic.traffic_of_cells, 2, folder=folder, cells=CELLS, timeout=240)
 
 
+def on_its_node(rank):
+    return {"LOCAL_RANK": str(rank % 2), "LOCAL_WORLD_SIZE": "2"}
+
+
 @pytest.fixture(scope="module")
 def on_two_nodes(folder, run_functions):
     """Ranks 0 and 1 on one node, 2 and 3 on another."""
@@ -65,7 +69,7 @@ def on_two_nodes(folder, run_functions):
         4,
         folder=folder,
         cells=NODE_CELLS,
-        ranks_per_node=2,
+        env=on_its_node,
         timeout=300,
     )
 
