@@ -103,10 +103,7 @@ def _kept_by_layer(architecture: Architecture, cell: Cell) -> int:
     """Bytes per position of an encoder layer, or of a layer of a decoder-only model."""
     # Keys and values are repeated for every head that shares them before the attention sees them.
     attention = 4 * architecture.attention_width
-    halves = 2 if architecture.gated else 1
-    if architecture.family == "causal":
-        halves += 1  # transformers' own block keeps the activation, too
-    hidden = halves * architecture.d_ff
+    hidden = (2 if architecture.gated else 1) * architecture.d_ff
     kept = (2 * architecture.d_model + attention + hidden) * cell.item_bytes
     return kept + (architecture.num_heads + 2) * _FP32  # softmax's and both norms' normalisers
 
