@@ -8,6 +8,8 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.swap_tensor.partitioned_param_swapper import AsyncPartitionedParameterSwapper
 from torch import nn
 
 from softprompt_dist.backbone.flat_weights import ALIGNMENT
@@ -33,8 +35,11 @@ class BlockSharder(deepspeed.zero.Init):
     def __init__(
         self, engine_config: dict[str, Any], traffic: Traffic, group: dist.ProcessGroup | None
     ) -> None:
+        # DeepSpeed has a type for a model, a floating-point one; only its way to the disk heeds it.
         super().__init__(
-            config_dict_or_path=engine_config, dtype=torch.uint8, data_parallel_group=group
+            config_dict_or_path=engine_config,
+            data_parallel_group=group,
+            param_swapper=_disk_of_bytes(engine_config),
         )
         self._traffic = traffic
 
@@ -52,6 +57,14 @@ class BlockSharder(deepspeed.zero.Init):
         self._convert_to_deepspeed_param(param)
         _count_gathers(param, self._traffic)
         param.partition()  # type: ignore[attr-defined]
+
+
+def _disk_of_bytes(engine_config: dict[str, Any]) -> AsyncPartitionedParameterSwapper | None:
+    """What moves parts to the disk and back as the bytes they are, where the config asks for it."""
+    offload = engine_config["zero_optimization"].get("offload_param") or {}
+    if offload.get("device") != "nvme":
+        return None
+    return AsyncPartitionedParameterSwapper(DeepSpeedConfig(engine_config), torch.uint8)
 
 
 def _count_gathers(parameter: Any, traffic: Traffic) -> None:
