@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from softprompt_dist.backbone.base import Backbone
-from softprompt_dist.backbone.flat_weights import FrozenBlock, Slot
+from softprompt_dist.backbone.flat_weights import FrozenBlock, Slot, row_ranges
 from softprompt_dist.backbone.inventory import Inventory
 from softprompt_dist.errors import BackboneError
 from softprompt_dist.parallel import ranks
 
 _WORD = 8
+_PAGE_WORDS = 512
 
 
 def assert_all_arrived(backbone: Backbone, inventory: Inventory) -> None:
@@ -46,9 +47,9 @@ def assert_all_arrived(backbone: Backbone, inventory: Inventory) -> None:
 
 
 def slot_sums(slot: Slot, part: Tensor, first_byte: int) -> tuple[int, int]:
-    """Number and sum of a slot's bytes in a part of its block that starts at `first_byte`.
+    """Number and checksum of a slot's bytes in a part of its block that starts at `first_byte`.
 
-    The sum is taken over words of eight bytes, and wraps.
+    The checksum sums words of eight bytes, weighted by the page that they stand in, and wraps.
     """
     start = max(slot.start, first_byte) - first_byte
     end = min(slot.end, first_byte + len(part)) - first_byte
@@ -57,9 +58,16 @@ def slot_sums(slot: Slot, part: Tensor, first_byte: int) -> tuple[int, int]:
     inner_start, inner_end = -(-start // _WORD) * _WORD, end // _WORD * _WORD
     if inner_start >= inner_end:
         return end - start, int(part[start:end].sum())
-    words = part[inner_start:inner_end].view(torch.int64)
     edges = int(part[start:inner_start].sum()) + int(part[inner_end:end].sum())
-    return end - start, int(words.sum()) + edges
+    return end - start, edges + _weighted_sum(part[inner_start:inner_end].view(torch.int64))
+
+
+def _weighted_sum(words: Tensor) -> int:
+    num_pages = len(words) // _PAGE_WORDS
+    pages, rest = words[: num_pages * _PAGE_WORDS], words[num_pages * _PAGE_WORDS :]
+    sums = pages.view(num_pages, _PAGE_WORDS).sum(dim=1)
+    weights = torch.arange(1, num_pages + 1, device=words.device)
+    return int((sums * weights).sum()) + int(rest.sum())
 
 
 def _expected_counts(backbone: Backbone) -> Any:
@@ -79,6 +87,10 @@ def _state(backbone: Backbone, inventory: Inventory) -> dict[str, tuple[int, int
     for name, (module, attribute) in inventory.skeleton.buffers.items():
         stored = inventory.reader.tensor(inventory.stored[name])
         state[name] = (1, int(not _same(getattr(module, attribute), stored)))
+    table_VD = backbone.embedding.table_VD
+    if backbone.engine_config is None:  # else it lies in the mapped file itself
+        name = inventory.skeleton.embedding
+        state[name] = (1, int(not _same_rows(table_VD, inventory, inventory.stored[name])))
     for block in backbone.blocks():
         with _part(block) as (part, first_byte):
             for slot in block.slots:
@@ -105,3 +117,11 @@ def _part(block: FrozenBlock) -> Iterator[tuple[Tensor, int]]:
 
 def _same(held: Tensor, stored: Tensor) -> bool:
     return held.shape == stored.shape and torch.equal(held.cpu(), stored.to(held.dtype))
+
+
+def _same_rows(held_RC: Tensor, inventory: Inventory, stored: str) -> bool:
+    row_bytes = held_RC[0].numel() * held_RC.element_size()
+    return all(
+        _same(held_RC[rows.start : rows.stop], inventory.reader.rows(stored, rows.start, rows.stop))
+        for rows in row_ranges(0, len(held_RC), row_bytes)
+    )
