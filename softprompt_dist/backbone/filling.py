@@ -110,13 +110,16 @@ def _copy_range(into: Tensor, first_byte: int, block: FrozenBlock, inventory: In
     """Fill `into` with the block's bytes from `first_byte` on, and note their sums."""
     last_byte = min(first_byte + len(into), block.num_bytes)
     for slot in block.slots:
-        stored = inventory.stored[slot.name]
+        stored, num_copied = inventory.stored[slot.name], 0
         for rows in slot.pieces(first_byte, last_byte):
             start, end = slot.place(rows, first_byte, last_byte)
             encoded = encoded_rows(inventory.reader, stored, slot.format, rows).view(-1)
             skipped = start - slot.start - rows.start * slot.row_bytes
             into[start - first_byte : end - first_byte] = encoded[skipped : skipped + end - start]
-        inventory.sums[slot.name] = slot_sums(slot, into, first_byte)
+            num_copied += end - start
+        _, total = slot_sums(slot, into, first_byte)
+        # Counted here, not there: a row that was left out would leave its mark on no sum.
+        inventory.sums[slot.name] = (num_copied, total)
 
 
 def _lay_out(
