@@ -21,8 +21,7 @@ def shard_group(kind: Literal["world", "node"]) -> dist.ProcessGroup | None:
     """
     if kind == "world" or ranks.world_size() == 1:
         return None
-    size = local_world_size(os.environ)
-    _check_nodes(size)
+    size = _node_size()
     if size == ranks.world_size():
         return None
     mine: dist.ProcessGroup | None = None
@@ -34,10 +33,12 @@ def shard_group(kind: Literal["world", "node"]) -> dist.ProcessGroup | None:
     return mine
 
 
-def _check_nodes(size: int) -> None:
-    hosts = ranks.gather_objects((socket.gethostname(), size))
+def _node_size() -> int:
+    """All ranks: how many of them each node has. Judged by what all said, so all judge alike."""
+    hosts = ranks.gather_objects((socket.gethostname(), local_world_size(os.environ)))
+    size = hosts[0][1]
     runs = [hosts[first : first + size] for first in range(0, len(hosts), size)]
-    if any(len(set(run)) > 1 or len(run) < size for run in runs):
+    if any(set(run) != {(run[0][0], size)} or len(run) < size for run in runs):
         raise _on_all_ranks(
             f"backbone.shard_group is 'node', but the ranks' nodes and sizes are {hosts}; every "
             "node must have as many ranks as the others, in one row. Set shard_group=world."
@@ -47,6 +48,7 @@ def _check_nodes(size: int) -> None:
             "backbone.shard_group is 'node', but each node has one rank only, so nothing would be "
             "cut. Set backbone.sharding=replicated, or shard_group=world."
         )
+    return size
 
 
 def _on_all_ranks(message: str) -> MachineError:
