@@ -17,10 +17,10 @@ from softprompt_dist.backbone.embedding import FrozenEmbedding
 from softprompt_dist.backbone.filling import embedding_of, fill, identity_of
 from softprompt_dist.backbone.inventory import Inventory, take_inventory
 from softprompt_dist.backbone.offload import assert_offload_possible
-from softprompt_dist.backbone.skeleton import build_skeleton
+from softprompt_dist.backbone.skeleton import Skeleton, build_skeleton
 from softprompt_dist.config import BackboneConfig
 from softprompt_dist.data.batching import Family
-from softprompt_dist.errors import BackboneError
+from softprompt_dist.errors import BackboneError, SoftpromptError
 from softprompt_dist.parallel import ranks
 from softprompt_dist.parallel.groups import shard_group
 
@@ -66,7 +66,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             "spiece.model. Copy the one that belongs to the backbone there."
         )
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # the tokenizers library raises plain Exception
         raise BackboneError(f"No usable tokenizer in {folder}: {error}") from error
 
@@ -124,7 +126,7 @@ def inventory_of(folder: Path, config: BackboneConfig) -> Inventory:
     for name in _DROPOUT_NAMES:
         if hasattr(model_config, name):
             setattr(model_config, name, config.dropout)
-    skeleton = build_skeleton(model_config)
+    skeleton = _skeleton(folder, model_config)
     if model_config.is_encoder_decoder and model_config.decoder_start_token_id is None:
         raise BackboneError(f"{folder}/config.json needs decoder_start_token_id (0 for T5).")
     return take_inventory(skeleton, reader, model_config)
@@ -184,11 +186,28 @@ def _from_hub(config: BackboneConfig) -> Path:
 def _model_config(folder: Path) -> Any:
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if "auto_map" in raw:
-            raise BackboneError(
-                f"{folder}/config.json asks for code of its own (auto_map), which is never run."
-            )
-        model_config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise BackboneError(f"Cannot load backbone {folder}: {error}") from error
+        asks_for_code = "auto_map" in raw
+        model_config = AutoConfig.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # what transformers raises of a wrong value is of many kinds
+        raise BackboneError(f"Cannot load backbone {folder}: {_of_config(error)}") from error
+    if asks_for_code:
+        raise BackboneError(
+            f"{folder}/config.json asks for code of its own (auto_map), which is never run."
+        )
     return model_config
+
+
+def _skeleton(folder: Path, model_config: Any) -> Skeleton:
+    try:
+        return build_skeleton(model_config)
+    except SoftpromptError:
+        raise
+    except Exception as error:  # a size of 0 or below meets torch or Python itself
+        raise BackboneError(f"Cannot build the model of {folder}: {_of_config(error)}") from error
+
+
+def _of_config(error: Exception) -> str:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return f"{reason.rstrip('.')}. Use the config.json that belongs to the weights."

@@ -249,7 +249,7 @@ def test_a_folder_without_config_or_weights_is_refused(t5_folder: Path, tmp_path
         load(t5_folder)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"model_type": "no-such-type"}'])
+@pytest.mark.parametrize("text", ["{", "[]", "null", "3", "{}", '{"model_type": "no-such-type"}'])
 def test_a_config_that_is_none_is_refused(t5_folder: Path, text: str) -> None:
     (t5_folder / "config.json").write_text(text)
     with pytest.raises(BackboneError, match=str(t5_folder)):
@@ -285,6 +285,34 @@ def test_a_config_of_other_shapes_is_refused(t5_folder: Path) -> None:
     change_config(t5_folder, d_ff=48)
     with pytest.raises(BackboneError, match=str(t5_folder)):
         load(t5_folder)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"d_model": "32"},
+        {"d_ff": -1},
+        {"num_heads": None},
+        {"vocab_size": 0},
+        {"layer_norm_epsilon": [1]},
+        {"dtype": "no-such-type"},
+        {"dense_act_fn": ["gelu"]},
+    ],
+)
+def test_a_config_with_a_value_of_no_sense_is_refused(
+    t5_folder: Path, value: dict[str, Any]
+) -> None:
+    change_config(t5_folder, **value)
+    with pytest.raises(BackboneError, match=rf"(?s){t5_folder}.*Use the config\.json that belongs"):
+        load(t5_folder)
+
+
+def test_code_beside_a_tokenizer_is_never_run(t5_folder: Path, tmp_path: Path) -> None:
+    asking = {"auto_map": {"AutoTokenizer": ["tokenizing.Own", None]}, "tokenizer_class": "Own"}
+    (t5_folder / "tokenizer_config.json").write_text(json.dumps(asking))
+    (t5_folder / "tokenizing.py").write_text(f"open({str(tmp_path / 'sprung')!r}, 'w')")
+    load_tokenizer(t5_folder)
+    assert not (tmp_path / "sprung").exists()
 
 
 def test_code_beside_the_weights_is_refused(t5_folder: Path, tmp_path: Path) -> None:
