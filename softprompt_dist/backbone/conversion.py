@@ -20,6 +20,7 @@ from torch import Tensor
 from softprompt_dist.backbone.checkpoint_reader import SCALE_SUFFIX, CheckpointReader
 from softprompt_dist.backbone.filling import DTYPES, encoded_rows
 from softprompt_dist.backbone.fingerprint import IDENTITY_KEY, fingerprint
+from softprompt_dist.backbone.flat_weights import row_ranges
 from softprompt_dist.backbone.formats import Int8Rows, PlainRows
 from softprompt_dist.backbone.inventory import Inventory, take_inventory
 from softprompt_dist.backbone.safetensors_file import Entry, SafetensorsWriter
@@ -32,8 +33,6 @@ Progress = Callable[[str, int], None]
 _CONFIG = "config.json"
 _BESIDE_WEIGHTS = ("*.json", "*.jinja", "*.model", "*.txt", "vocab.*", "LICENSE*", "NOTICE*")
 _INDEX_SUFFIX = ".index.json"
-_PIECE_BYTES = 4 * 2**20
-"""Rows are read, converted and written in pieces of about this size, which a cache holds."""
 _ROOM_TO_SPARE = 16 * 2**20
 """Headers, folders, file system."""
 
@@ -72,7 +71,7 @@ class StoredWeight:
         """Its rows, some at a time."""
         num_rows, *rest = self.entries[0].shape or (1,)
         num_columns = torch.Size(rest).numel()
-        return _row_ranges(num_rows, self.format.row_bytes(num_columns))
+        return row_ranges(0, num_rows, self.format.row_bytes(num_columns))
 
     def write_rows(self, file: SafetensorsWriter, first: int, bytes_RN: Tensor) -> None:
         """Put rows of it, in its format, where `file` has their place."""
@@ -170,14 +169,8 @@ def _is_the_embedding(inventory: Inventory, name: str) -> bool:
         torch.equal(
             reader.rows(source, rows.start, rows.stop), reader.rows(table, rows.start, rows.stop)
         )
-        for rows in _row_ranges(num_rows, 4 * num_columns)
+        for rows in row_ranges(0, num_rows, 4 * num_columns)
     )
-
-
-def _row_ranges(num_rows: int, row_bytes: int) -> Iterator[range]:
-    step = max(1, _PIECE_BYTES // row_bytes)
-    for start in range(0, num_rows, step):
-        yield range(start, min(num_rows, start + step))
 
 
 def _check_room(source: Path, weights: list[StoredWeight], output: Path) -> None:
