@@ -58,7 +58,9 @@ class Slot:
 
     def pieces(self, first_byte: int, last_byte: int) -> Iterator[range]:
         """The rows that a range of the block's bytes touches, a few at a time."""
-        return row_ranges(*self.rows_between(first_byte, last_byte), self.row_bytes)
+        # What a conversion works with is fp32, whatever is stored and kept.
+        fp32_row_bytes = self.num_columns * torch.float32.itemsize
+        return row_ranges(*self.rows_between(first_byte, last_byte), fp32_row_bytes)
 
     def place(self, rows: range, first_byte: int, last_byte: int) -> tuple[int, int]:
         """The bytes of the block that both the rows and the range hold."""
