@@ -90,7 +90,9 @@ class Int8Rows:
     def split(bytes_RN: Tensor) -> tuple[Tensor, Tensor]:
         """int8 rows (a view) and their fp32 scales, from `bytes_RN`."""
         quantized_RC = bytes_RN[:, :-_SCALE_BYTES].view(torch.int8)
-        scale_R = bytes_RN[:, -_SCALE_BYTES:].contiguous().view(torch.float32)[:, 0]
+        # A copy even of a single row, whose scale may lie at an address unfit for numbers.
+        scale_bytes = bytes_RN[:, -_SCALE_BYTES:].clone(memory_format=torch.contiguous_format)
+        scale_R = scale_bytes.view(torch.float32)[:, 0]
         return quantized_RC, scale_R
 
     def multiply(self, input_C: Tensor, bytes_RN: Tensor) -> Tensor:
