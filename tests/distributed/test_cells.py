@@ -4,6 +4,7 @@ import cells
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import T5Config, T5ForConditionalGeneration
 
 from tests.models import make_llama, make_t5, save_model
 
@@ -142,9 +143,28 @@ def on_two(folder, run_functions):
     return Said(folder, run_functions(cells.gradients_in_cells, 2, work=work, timeout=300))
 
 
+def smallest_t5():
+    """Its matrices have one, two or four elements: a rank's part may hold nothing of any."""
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=5,
+        d_model=2,
+        d_kv=1,
+        d_ff=1,
+        num_layers=1,
+        num_heads=1,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        decoder_start_token_id=0,
+    )
+    model = T5ForConditionalGeneration(config)
+    model.lm_head.weight = torch.nn.Parameter(torch.randn(5, 2))
+    return model
+
+
 @pytest.fixture(scope="module")
 def on_three(folder, run_functions):
-    """Sizes of which none can be divided by three."""
+    """Sizes of which none can be divided by three, and one model hardly larger than the world."""
     work = {
         str(folder / name): {
             "three-zero3": ZERO3,
@@ -153,6 +173,8 @@ def on_three(folder, run_functions):
         }
         for name in MODELS
     }
+    smallest = {"whole": {}, "zero3": ZERO3, "int8": INT8, "zero3-int8": INT8_CELLS["zero3-int8"]}
+    work[str(save_model(smallest_t5(), folder / "smallest"))] = smallest
     return Said(folder, run_functions(cells.gradients_in_cells, 3, work=work, timeout=300))
 
 
@@ -236,6 +258,11 @@ def test_three_ranks_that_do_not_divide_a_block_change_nothing(on_two, on_three,
     assert_same(on_three.of(model, "three-zero3"), on_two.of(model, "reference"))
     assert_same(on_three.of(model, "three-zero3-full"), on_two.of(model, "reference"))
     assert_same(on_three.of(model, "three-zero3-int8"), on_two.of(model, "int8"))
+
+
+def test_a_matrix_smaller_than_the_world_changes_nothing(on_three):
+    assert_same(on_three.of("smallest", "zero3"), on_three.of("smallest", "whole"))
+    assert_same(on_three.of("smallest", "zero3-int8"), on_three.of("smallest", "int8"))
 
 
 @pytest.mark.parametrize("model", MODELS)

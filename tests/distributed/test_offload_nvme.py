@@ -1,0 +1,91 @@
+"""Parts of blocks that lie on a disk: DeepSpeed writes and reads them, byte for byte."""
+
+import os
+from pathlib import Path
+
+import cells
+import pytest
+import torch
+from torch.utils.cpp_extension import get_default_build_root
+from transformers import T5Config, T5ForConditionalGeneration
+
+from tests.models import make_t5, save_model
+
+SMALLEST_ON_DISK = 2**20
+"""Bytes; DeepSpeed keeps smaller parts in the host's memory."""
+MODES = {
+    "fp32": {},
+    "int8": {"quantization": "int8"},
+    "full": {"activation_checkpointing": "full"},
+}
+
+
+def large_t5():
+    """Half of one of its layers is worth a file, in fp32 and in int8; half of its head is not."""
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=128,
+        d_model=256,
+        d_kv=64,
+        d_ff=3072,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        decoder_start_token_id=0,
+    )
+    model = T5ForConditionalGeneration(config)
+    model.lm_head.weight = torch.nn.Parameter(torch.randn(128, 256) * 256**-0.5)
+    return model
+
+
+@pytest.fixture(scope="module")
+def found(run_functions, tmp_path_factory):
+    """Folder of each model, after all cells have run on it."""
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    if not any(root.rglob("async_io.so")):
+        pytest.skip(
+            "DeepSpeed's async_io is not built, which takes minutes: install libaio-dev, and run "
+            "python -c 'from deepspeed.ops.op_builder import AsyncIOBuilder as B; B().load()'"
+        )
+    tmp = tmp_path_factory.mktemp("nvme")
+    folders = {
+        "large": save_model(large_t5(), tmp / "large"),
+        "tiny": save_model(make_t5(), tmp / "tiny"),
+    }
+    work = {}
+    for name, folder in folders.items():
+        cells_of = work[str(folder)] = {}
+        for mode, settings in MODES.items():
+            memory = {"sharding": "zero3", **settings}
+            disk = {"offload": "nvme", "offload_path": str(tmp / f"{name}-{mode}")}
+            cells_of[mode], cells_of[f"{mode}-nvme"] = memory, memory | disk
+    run_functions(cells.gradients_in_cells, 2, work=work, timeout=240)
+    return folders
+
+
+def files_of(folder, mode):
+    return sorted((folder.parent / f"{folder.name}-{mode}").rglob("*.swp"))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("model", ["large", "tiny"])
+def test_parts_on_a_disk_change_nothing(found, model, mode):
+    expected = cells.gradients(found[model], mode, 2)
+    on_disk = cells.gradients(found[model], f"{mode}-nvme", 2)
+    assert float((on_disk - expected).norm() / expected.norm()) <= 1e-6
+
+
+@pytest.mark.parametrize(("mode", "bytes_each"), [("fp32", 4), ("int8", 1)])
+def test_each_rank_has_a_file_for_its_part_of_each_layer(found, mode, bytes_each):
+    files = files_of(found["large"], mode)
+    assert len(files) == 2 * 4
+    assert {"rank0", "rank1"} == {file.parent.name for file in files}
+    sizes = [file.stat().st_size for file in files]
+    weights = 2 * (4 + 8) * 256 * 256 + 4 * 3 * 256 * 3072
+    assert min(sizes) >= SMALLEST_ON_DISK
+    assert sum(sizes) == pytest.approx(weights * bytes_each, rel=0.02)
+
+
+def test_small_parts_stay_in_memory(found):
+    assert not files_of(found["tiny"], "fp32")
