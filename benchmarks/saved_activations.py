@@ -41,6 +41,8 @@ class SavedBytes:
     def __init__(self, module: nn.Module) -> None:
         self._weights = _addresses(module)
         self._saved: dict[int, Tensor] = {}
+        self.total = 0
+        """Bytes saved."""
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda t: t)
 
     def __enter__(self) -> SavedBytes:
@@ -49,13 +51,10 @@ class SavedBytes:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        """Stop watching."""
+        """Stop watching; let the tensors go, which the hooks' own cycle would keep."""
         self._hooks.__exit__(*error)
-
-    @property
-    def total(self) -> int:
-        """Bytes saved."""
-        return sum(tensor.untyped_storage().nbytes() for tensor in self._saved.values())
+        self.total = sum(t.untyped_storage().nbytes() for t in self._saved.values())
+        self._saved.clear()
 
     def _pack(self, tensor: Tensor) -> Tensor:
         if _address(tensor) not in self._weights:
@@ -96,13 +95,12 @@ def count(module: nn.Module, logits: Logits, prompt_BPD: Tensor) -> tuple[int, i
     prompt_BPD = prompt_BPD.clone().requires_grad_()
     with SavedBytes(module) as saved:
         logits_BTV = logits(prompt_BPD)
-    total = saved.total
-    del saved, logits_BTV
+    del logits_BTV
     with LiveBytes(module) as live:
         logits_BTV = logits(prompt_BPD)
     alive = live.total
     del logits_BTV  # not before: its graph holds what is counted
-    return total, alive
+    return saved.total, alive
 
 
 def peer_logits(folder: Path, dtype: str, batch: TokenBatch) -> tuple[nn.Module, Logits]:
