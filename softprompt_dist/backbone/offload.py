@@ -1,12 +1,35 @@
-"""Whether parts of a backbone can be moved to a local disk, found out before anything is read."""
+"""Parts of a backbone on a local disk: whether that can be, and where."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import socket
 import tempfile
 from pathlib import Path
 
+import psutil
+
 from softprompt_dist.config import BackboneConfig
 from softprompt_dist.errors import MachineError
+from softprompt_dist.parallel.join import on_leaving
+
+
+def claim_folder(parent: Path) -> Path:
+    """A folder under `parent` that is this process's alone; gone when the world is left.
+
+    DeepSpeed itself writes to names that only depend on the rank: of two jobs with one path, the
+    second would empty the first's weights. What a killed process left on this machine is removed.
+    """
+    mine = f"softprompt-{socket.gethostname()}-"
+    for left in parent.glob(f"{mine}*"):
+        owner = left.name.removeprefix(mine)
+        if owner.isdecimal() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(left, ignore_errors=True)
+    folder = parent / f"{mine}{os.getpid()}"
+    folder.mkdir(parents=True, exist_ok=True)
+    on_leaving(lambda: shutil.rmtree(folder, ignore_errors=True))
+    return folder
 
 
 def assert_offload_possible(config: BackboneConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -13,6 +14,7 @@ from deepspeed.runtime.swap_tensor.partitioned_param_swapper import AsyncPartiti
 from torch import nn
 
 from softprompt_dist.backbone.flat_weights import ALIGNMENT
+from softprompt_dist.backbone.offload import claim_folder
 from softprompt_dist.backbone.traffic import Traffic
 
 Fill = Callable[[torch.Tensor, int], None]
@@ -64,6 +66,7 @@ def _disk_of_bytes(engine_config: dict[str, Any]) -> AsyncPartitionedParameterSw
     offload = engine_config["zero_optimization"].get("offload_param") or {}
     if offload.get("device") != "nvme":
         return None
+    offload["nvme_path"] = str(claim_folder(Path(offload["nvme_path"])))
     return AsyncPartitionedParameterSwapper(DeepSpeedConfig(engine_config), torch.uint8)
 
 

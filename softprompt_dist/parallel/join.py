@@ -13,7 +13,7 @@ import os
 import re
 import socket
 import warnings
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from datetime import timedelta
 
 import torch
@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 _LONGEST_WAIT = timedelta(hours=2)
 """For a rank that waits while rank 0 fetches a checkpoint or tokenises a corpus."""
+_ON_LEAVING: list[Callable[[], None]] = []
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -64,6 +65,13 @@ def leave_world() -> None:
     if dist.is_initialized():
         dist.barrier()  # a rank that leaves early takes the rendezvous store with it
         dist.destroy_process_group()
+    while _ON_LEAVING:
+        _ON_LEAVING.pop()()
+
+
+def on_leaving(clean_up: Callable[[], None]) -> None:
+    """Have `leave_world` call `clean_up` on this rank."""
+    _ON_LEAVING.append(clean_up)
 
 
 def fill_rank_variables(environ: MutableMapping[str, str]) -> None:
