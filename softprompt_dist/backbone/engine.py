@@ -32,6 +32,12 @@ _BELONGS_TO_RECIPE = {
     "gradient_clipping": "optimizer.clipping_threshold",
 }
 _SECTIONS = ("zero_optimization", "bf16", "fp16", OWN_SECTION)
+_NUMBERS_NOT_BYTES = (
+    "zero_quantized_weights",
+    "zero_quantized_nontrainable_weights",
+    "zero_hpz_partition_size",
+)
+"""DeepSpeed's own ways, which take a parameter's elements for weights; ours are bytes."""
 _NVME_BUFFERS = 4
 """Blocks whose parts are on their way from the disk at a time."""
 
@@ -193,6 +199,22 @@ def _misplaced(values: dict[str, Any]) -> list[str]:
         f"sets {OWN_SECTION}.{key}, which is unknown.{_nearest(key)}"
         for key in values.get(OWN_SECTION, {})
         if key not in _OWN_KEYS
+    ]
+    problems += [
+        f"sets zero_optimization.{key}, which would take a layer's bytes for numbers. Use "
+        f"{OWN_SECTION}.quantization or {OWN_SECTION}.shard_group."
+        for key in _NUMBERS_NOT_BYTES
+        if values.get("zero_optimization", {}).get(key)
+    ]
+    problems += [
+        f"sets {key!r}, which is unknown.{_similar(key, _SECTIONS)}"
+        for key in values
+        if _similar(key, _SECTIONS)
+    ]
+    problems += [
+        f'sets {name} to {values[name]}; it must be {{"enabled": true}} or false.'
+        for name in ("bf16", "fp16")
+        if name in values and not isinstance(values[name].get("enabled"), bool)
     ]
     if values.get("fp16", {}).get("enabled"):
         problems.append("enables fp16, in which T5 overflows. Use bf16.")

@@ -110,6 +110,19 @@ WRONG: dict[str, tuple[Any, str]] = {
         {"zero_optimization": {"stage": 3, "offload_param": "cpu"}},
         r"sets 'zero_optimization\.offload_param' to 'cpu'.*an object",
     ),
+    "a section misspelt": (
+        {"zero_optimisation": {"stage": 3}},
+        r"sets 'zero_optimisation', which is unknown\. Did you mean 'zero_optimization'\?",
+    ),
+    "a truth in quotes": (
+        {**ZERO3, "bf16": {"enabled": "false"}},
+        r"sets bf16 to .*'false'.*must be",
+    ),
+    "a switch misspelt": ({**ZERO3, "bf16": {"enable": True}}, r"sets bf16 to .*must be"),
+    "bytes quantized once more": (
+        {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}},
+        r"zero_quantized_weights.*bytes for numbers.*softprompt\.quantization",
+    ),
     "stage 2": ({"zero_optimization": {"stage": 2}}, r"ZeRO stage 2.*Use 3 .* or 0"),
 }
 
