@@ -176,10 +176,15 @@ def _wrong_kinds(values: dict[str, Any]) -> list[str]:
     zero = found["zero_optimization"]
     if isinstance(zero, dict) and zero.get("offload_param") is not None:
         found["zero_optimization.offload_param"] = zero["offload_param"]
-    return [
+    problems = [
         f"sets {name!r} to {value!r}; it must be an object of settings."
         for name, value in found.items()
         if not isinstance(value, dict)
+    ]
+    return problems or [
+        f"sets {name!r} to {values[name]}; its 'enabled' must be true or false, without quotes."
+        for name in ("bf16", "fp16")
+        if name in values and values[name].get("enabled") not in (True, False, "auto")
     ]
 
 
@@ -210,11 +215,6 @@ def _misplaced(values: dict[str, Any]) -> list[str]:
         f"sets {key!r}, which is unknown.{_similar(key, _SECTIONS)}"
         for key in values
         if _similar(key, _SECTIONS)
-    ]
-    problems += [
-        f'sets {name} to {values[name]}; it must be {{"enabled": true}} or false.'
-        for name in ("bf16", "fp16")
-        if name in values and not isinstance(values[name].get("enabled"), bool)
     ]
     if values.get("fp16", {}).get("enabled"):
         problems.append("enables fp16, in which T5 overflows. Use bf16.")

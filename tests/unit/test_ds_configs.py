@@ -116,9 +116,9 @@ WRONG: dict[str, tuple[Any, str]] = {
     ),
     "a truth in quotes": (
         {**ZERO3, "bf16": {"enabled": "false"}},
-        r"sets bf16 to .*'false'.*must be",
+        r"sets 'bf16' to .*'false'.*must be",
     ),
-    "a switch misspelt": ({**ZERO3, "bf16": {"enable": True}}, r"sets bf16 to .*must be"),
+    "a switch misspelt": ({**ZERO3, "bf16": {"enable": True}}, r"sets 'bf16' to .*must be"),
     "bytes quantized once more": (
         {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}},
         r"zero_quantized_weights.*bytes for numbers.*softprompt\.quantization",
