@@ -57,8 +57,7 @@ def _measure(settings: dict[str, Any], prompts: dict[str, str], given: Any) -> d
     split = bench.splits["test"].sample(given.rows)
     targets = [example.target_text.strip() for example in split.texts]
     held = sum(t.numel() * t.element_size() for _, t in bench.backbone.held_tensors())
-    table_VD = bench.backbone.embedding.table_VD
-    answer: dict[str, Any] = {"bytes": held + table_VD.numel() * table_VD.element_size()}
+    answer: dict[str, Any] = {"bytes": held}
     for name, path in prompts.items():
         prompt_PD, _ = load_prompt(
             Path(path), backbone_fingerprint=bench.backbone.fingerprint, force=given.force

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -103,7 +104,8 @@ def _convert(options: argparse.Namespace) -> None:
     )
     print(
         f"Written, read back and found equal: {len(weights)} tensors. Use it with\n"
-        f"  --set backbone.path={options.output} {_matching_settings(options)}".rstrip()
+        f"  --set {shlex.quote(f'backbone.path={options.output}')} "
+        f"{_matching_settings(options)}".rstrip()
     )
 
 

@@ -110,9 +110,11 @@ def _part(block: FrozenBlock) -> Iterator[tuple[Tensor, int]]:
     on_disk = flat.ds_tensor.status.name == "NOT_AVAILABLE"
     if on_disk:
         flat.nvme_swapper.swap_in([flat], async_op=False)
-    yield flat.ds_tensor.detach(), first_byte
-    if on_disk:
-        flat.nvme_swapper.remove_partition_and_release_buffers([flat])
+    try:
+        yield flat.ds_tensor.detach(), first_byte
+    finally:
+        if on_disk:
+            flat.nvme_swapper.remove_partition_and_release_buffers([flat])
 
 
 def _same(held: Tensor, stored: Tensor) -> bool:

@@ -116,6 +116,8 @@ class Backbone(nn.Module):
         """Name and value of all weights that this rank holds; under ZeRO-3 its parts."""
         for name, parameter in self.named_parameters():
             yield name, getattr(parameter, "ds_tensor", parameter).detach()
+        if self.engine_config is None:  # else it is the checkpoint's own file, mapped
+            yield "embedding", self.embedding.table_VD
         yield from self.model.named_buffers()
         for name, module in self.model.named_modules():
             if isinstance(module, FrozenBlock):

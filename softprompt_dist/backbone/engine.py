@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from softprompt_dist.backbone.host_memory import NVME_BUFFERS
 from softprompt_dist.config import BackboneConfig
 from softprompt_dist.errors import ConfigError
 
@@ -38,8 +39,6 @@ _NUMBERS_NOT_BYTES = (
     "zero_hpz_partition_size",
 )
 """DeepSpeed's own ways, which take a parameter's elements for weights; ours are bytes."""
-_NVME_BUFFERS = 4
-"""Blocks whose parts are on their way from the disk at a time."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +165,7 @@ def _offload(backbone: BackboneConfig, largest_part: int) -> dict[str, Any]:
         "device": "nvme",
         "nvme_path": backbone.offload_path,
         "pin_memory": True,
-        "buffer_count": _NVME_BUFFERS,
+        "buffer_count": NVME_BUFFERS,
         "buffer_size": largest_part,
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import socket
@@ -12,7 +13,14 @@ import psutil
 
 from softprompt_dist.config import BackboneConfig
 from softprompt_dist.errors import MachineError
-from softprompt_dist.parallel.join import on_leaving
+from softprompt_dist.parallel import ranks
+from softprompt_dist.parallel.extensions import (
+    choose_extensions_folder,
+    wait_for_builder,
+)
+from softprompt_dist.parallel.join import local_world_size, on_leaving
+
+log = logging.getLogger(__name__)
 
 
 def claim_folder(parent: Path) -> Path:
@@ -58,3 +66,11 @@ def assert_offload_possible(config: BackboneConfig) -> None:
             "none. Install it (Debian, Ubuntu: apt-get install libaio-dev; others: libaio-devel), "
             "or use backbone.offload=cpu."
         )
+    _await_build(choose_extensions_folder() / "async_io")
+
+
+def _await_build(folder: Path) -> None:
+    several_nodes = local_world_size(os.environ) < ranks.world_size()
+    wait_for_builder(folder / "lock", several_nodes=several_nodes)
+    if ranks.is_main() and not any(folder.glob("async_io*.so")):
+        log.warning("Compiling what DeepSpeed writes to disks with, once: about ten minutes.")

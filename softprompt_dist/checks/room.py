@@ -9,6 +9,7 @@ import torch
 
 from softprompt_dist.backbone.architecture import architecture_of
 from softprompt_dist.backbone.cell import Cell, Cluster, Workload
+from softprompt_dist.backbone.host_memory import node_bytes
 from softprompt_dist.backbone.memory_model import check_memory, predict_memory
 from softprompt_dist.checks.finding import Finding
 from softprompt_dist.checks.job_files import read_config
@@ -16,7 +17,6 @@ from softprompt_dist.checks.machine import on_gpu
 from softprompt_dist.config import AdaptConfig, TuneConfig
 from softprompt_dist.errors import BackboneError, MachineError
 from softprompt_dist.parallel import ranks
-from softprompt_dist.planning.host_memory import host_bytes
 
 
 def check_room(config: TuneConfig | AdaptConfig, folder: Path, cluster: Cluster) -> list[Finding]:
@@ -34,9 +34,9 @@ def check_room(config: TuneConfig | AdaptConfig, folder: Path, cluster: Cluster)
         input_length=config.backbone.max_input_tokens,
     )
     memory = predict_memory(architecture, cell, workload, cluster)
-    on_host = host_bytes(architecture, cell, cluster)
+    on_host = node_bytes(architecture, cell, workload, cluster, on_gpu=on_gpu())
     if not on_gpu():
-        return [_host_finding(on_host + cluster.gpus_per_node * memory.allocated)]
+        return [_host_finding(on_host)]
     free, total = gpu_memory()
     found = f"{memory.total / 1e9:.1f} GB predicted, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
     try:

@@ -48,6 +48,8 @@ def join_world(*, debug: bool = False) -> None:
     if on_gpu:
         check_gpus(torch.cuda.device_count(), os.environ)
         torch.cuda.set_device(ranks.device())
+        # Where Slurm shows each task one GPU only, DeepSpeed must not look for the others.
+        os.environ["LOCAL_RANK"] = str(ranks.device().index)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         several_nodes = local_world_size(os.environ) < ranks.world_size()

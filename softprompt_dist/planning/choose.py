@@ -8,8 +8,8 @@ from typing import Literal
 
 from softprompt_dist.backbone.architecture import Architecture
 from softprompt_dist.backbone.cell import Cell, Workload
+from softprompt_dist.backbone.host_memory import host_bytes
 from softprompt_dist.backbone.memory_model import Memory, predict_memory
-from softprompt_dist.planning.host_memory import host_bytes
 from softprompt_dist.planning.machine import Machine
 from softprompt_dist.planning.timing import Step, estimate_loading, estimate_step
 from softprompt_dist.planning.work import gather_bytes, offload_bytes, reduce_bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -109,8 +110,9 @@ def advice(plan: Plan, question: Question, model: str, config_path: str | None) 
         + ("" if config_path else " `--write FILE` writes its ds_config."),
         "",
         f"deepspeed --num_gpus {cluster.gpus_per_node} -m softprompt_dist.train --recipe RECIPE \\",
-        f"    --deepspeed_config {config_path or 'FILE'} \\",
-        f"    --set backbone.path={model} --set batch.micro_batch_size={workload.micro_batch} \\",
+        f"    --deepspeed_config {shlex.quote(config_path or 'FILE')} \\",
+        f"    --set {shlex.quote(f'backbone.path={model}')} "
+        f"--set batch.micro_batch_size={workload.micro_batch} \\",
         f"    --set prompt.prompt_length={workload.prompt_length} "
         f"--set backbone.max_input_tokens={workload.input_length}",
     ]

@@ -13,9 +13,10 @@ import torch
 
 from softprompt_dist.backbone.architecture import architecture_of
 from softprompt_dist.backbone.cell import Cell, Cluster, Workload
+from softprompt_dist.backbone.host_memory import node_bytes
 from softprompt_dist.backbone.memory_model import check_memory
 from softprompt_dist.config import TuneConfig
-from softprompt_dist.errors import BackboneError
+from softprompt_dist.errors import BackboneError, MachineError
 from softprompt_dist.parallel import ranks
 from softprompt_dist.parallel.join import local_world_size
 
@@ -24,10 +25,10 @@ if TYPE_CHECKING:
 
 
 def assert_room(config: TuneConfig, folder: Path, splits: Mapping[str, Split]) -> None:
-    """Refuse a device that cannot hold the backbone and a micro-batch of the longest examples.
+    """Refuse a device or a machine without room for the backbone and the longest examples.
 
     Raises:
-        MachineError: with the predicted parts, and what the device has.
+        MachineError: with what is predicted, and what there is.
     """
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     try:
@@ -43,11 +44,17 @@ def assert_room(config: TuneConfig, folder: Path, splits: Mapping[str, Split]) -
     )
     gpus_per_node = local_world_size(os.environ) if ranks.world_size() > 1 else 1
     cluster = Cluster(gpus_per_node, ranks.world_size() // gpus_per_node)
-    check_memory(architecture, Cell.of(config.backbone), workload, cluster, _device_bytes(cluster))
-
-
-def _device_bytes(cluster: Cluster) -> int:
-    """Memory of this rank's GPU, or its share of the machine's."""
-    if ranks.device().type == "cuda":
-        return int(torch.cuda.get_device_properties(ranks.device()).total_memory)
-    return int(psutil.virtual_memory().total) // cluster.gpus_per_node
+    cell, on_gpu = Cell.of(config.backbone), ranks.device().type == "cuda"
+    if on_gpu:
+        total = int(torch.cuda.get_device_properties(ranks.device()).total_memory)
+        check_memory(architecture, cell, workload, cluster, total)
+    needed = node_bytes(architecture, cell, workload, cluster, on_gpu=on_gpu)
+    total = int(psutil.virtual_memory().total)
+    if needed > total:
+        raise MachineError(
+            f"{architecture.name} ({cell.sharding}, {cell.dtype}, quantization "
+            f"{cell.quantization}, offload {cell.offload}, micro-batch {workload.micro_batch}) "
+            f"needs {needed / 1e9:.1f} GB of memory for {cluster.gpus_per_node} rank(s) on this machine, "
+            f"which has {total / 1e9:.1f} GB. Start fewer ranks, lower batch.micro_batch_size, or "
+            "hold the backbone in fewer bytes (`softprompt plan` shows what fits)."
+        )

@@ -116,8 +116,15 @@ def check_world(config: TuneConfig | AdaptConfig, world_size: int) -> None:
         )
 
 
-def build_bench(config: TuneConfig, ds_config: dict[str, Any] | None = None) -> Bench:
+def build_bench(
+    config: TuneConfig, ds_config: dict[str, Any] | None = None, *, for_tuning: bool = False
+) -> Bench:
     """All ranks: data, tokenizer and frozen backbone of a recipe.
+
+    Args:
+        config: the checked recipe.
+        ds_config: engine plumbing, or None for ours.
+        for_tuning: refuse a machine without room for a step of tuning.
 
     Raises:
         SoftpromptError: anything in the recipe, data, backbone or machine that cannot work.
@@ -129,7 +136,8 @@ def build_bench(config: TuneConfig, ds_config: dict[str, Any] | None = None) -> 
     tokenizer = ranks.together(lambda: load_tokenizer(folder))
     family = ranks.together(lambda: family_of(folder))
     splits, labels = ranks.together(lambda: _all_tokens(config, task, tokenizer, family))
-    ranks.together(lambda: assert_room(config, folder, splits))
+    if for_tuning:
+        ranks.together(lambda: assert_room(config, folder, splits))
     assert_same_on_all_ranks(task.digests, "The data")
     backbone = load_backbone(config.backbone, ds_config)
     assert_same_on_all_ranks(backbone.fingerprint, "The backbone's fingerprint")
@@ -146,7 +154,7 @@ def build_tuning_run(config: TuneConfig, ds_config: dict[str, Any] | None = None
         SoftpromptError: see `build_bench`; or the ranks do not divide the batch.
     """
     ranks.together(lambda: check_world(config, ranks.world_size()))
-    bench = build_bench(config, ds_config)
+    bench = build_bench(config, ds_config, for_tuning=True)
     torch.manual_seed(config.seed + ranks.rank())
     prompt = SoftPrompt(_initial_prompt(bench)).to(ranks.device())
     run = TuningRun(

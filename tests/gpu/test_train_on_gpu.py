@@ -33,14 +33,27 @@ def train(*arguments: str | Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("sharding", ["replicated", "zero3"])
+CELLS = {
+    "replicated": ["sharding=replicated"],
+    "checkpointed": ["sharding=replicated", "activation_checkpointing=full"],
+    "int8": ["sharding=replicated", "quantization=int8"],
+    "llm_int8": ["sharding=replicated", "quantization=llm_int8"],
+    "nf4": ["sharding=replicated", "quantization=nf4"],
+    "zero3": ["sharding=zero3"],
+    "zero3 int8": ["sharding=zero3", "quantization=int8"],
+    "zero3 checkpointed": ["sharding=zero3", "activation_checkpointing=full"],
+    "off-loaded": ["sharding=zero3", "offload=cpu"],
+    "off-loaded int8": ["sharding=zero3", "quantization=int8", "offload=cpu"],
+}
+
+
+@pytest.mark.parametrize("cell", CELLS)
 def test_three_steps_train_the_prompt_and_nothing_else(
-    sharding: str, tiny_recipe: Path, tiny_t5: Path, zero3_json: Path, tmp_path: Path
+    cell: str, tiny_recipe: Path, tiny_t5: Path, tmp_path: Path
 ) -> None:
-    settings = ["backbone.dtype=bf16", "backbone.sharding=replicated", "checkpoint.every_steps=1"]
+    settings = [f"backbone.{setting}" for setting in (*CELLS[cell], "dtype=bf16")]
+    settings.append("checkpoint.every_steps=1")
     arguments = [word for setting in settings for word in ("--set", setting)]
-    if sharding == "zero3":
-        arguments += ["--deepspeed_config", str(zero3_json)]
     train("--recipe", tiny_recipe, "--run-dir", tmp_path, "--steps", "3", *arguments)
 
     lines = runs.metrics_without_time(tmp_path, "train")

@@ -12,6 +12,7 @@ import pytest
 from softprompt_dist.backbone.architecture import Architecture
 from softprompt_dist.backbone.cell import Cell, Cluster, Workload
 from softprompt_dist.backbone.engine import apply_engine_config, read_engine_config
+from softprompt_dist.backbone.host_memory import host_bytes
 from softprompt_dist.backbone.known_architectures import known_architecture
 from softprompt_dist.backbone.memory_model import sharded_bytes
 from softprompt_dist.config import BackboneConfig
@@ -25,7 +26,6 @@ from softprompt_dist.planning.choose import (
     largest_micro_batch,
     make_plan,
 )
-from softprompt_dist.planning.host_memory import host_bytes
 from softprompt_dist.planning.machine import GPUS, Machine
 from softprompt_dist.planning.models import find_architecture
 from softprompt_dist.planning.report import ds_config_text
