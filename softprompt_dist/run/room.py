@@ -54,7 +54,8 @@ def assert_room(config: TuneConfig, folder: Path, splits: Mapping[str, Split]) -
         raise MachineError(
             f"{architecture.name} ({cell.sharding}, {cell.dtype}, quantization "
             f"{cell.quantization}, offload {cell.offload}, micro-batch {workload.micro_batch}) "
-            f"needs {needed / 1e9:.1f} GB of memory for {cluster.gpus_per_node} rank(s) on this machine, "
-            f"which has {total / 1e9:.1f} GB. Start fewer ranks, lower batch.micro_batch_size, or "
-            "hold the backbone in fewer bytes (`softprompt plan` shows what fits)."
+            f"needs {needed / 1e9:.1f} GB of memory for {cluster.gpus_per_node} rank(s) on this "
+            f"machine, which has {total / 1e9:.1f} GB. Start fewer ranks, lower "
+            "batch.micro_batch_size, or hold the backbone in fewer bytes (`softprompt plan` shows "
+            "what fits)."
         )
