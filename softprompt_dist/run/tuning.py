@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ from softprompt_dist.run.room import assert_room
 from softprompt_dist.run.scoring import LabelSet, Scorer, pad_id_of
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -81,21 +84,29 @@ class TuningRun(Bench):
     def batches(self, examples_consumed: int) -> list[TokenBatch]:
         """This rank's micro-batches of the global batch that starts at `examples_consumed`.
 
-        Which examples make the global batch does not depend on the ranks. Within it they are dealt
-        by length, so that every rank has about as many tokens and a micro-batch little padding.
+        Which examples make the global batch does not depend on the ranks. Within it, examples of
+        about one length make a micro-batch, so that it holds little padding; micro-batches of about
+        one length are computed at a time, and dealt to and fro, so that the ranks end together.
         """
         train = self.splits["train"].tokens
         size = self.config.batch.micro_batch_size
         order = ExampleOrder(len(train), self.config.seed)
         indices = order.indices(examples_consumed, self.config.batch.global_batch_size)
         indices.sort(key=lambda index: len(train[index].input_ids), reverse=True)
-        mine = indices[ranks.rank() :: ranks.world_size()]
-        micro_batches = [mine[start : start + size] for start in range(0, len(mine), size)]
-        return [self._collate([train[i] for i in chosen]) for chosen in micro_batches]
+        micro_batches = [indices[start : start + size] for start in range(0, len(indices), size)]
+        return [self._collate([train[i] for i in chosen]) for chosen in dealt(micro_batches)]
 
     def _collate(self, examples: list[TokenExample]) -> TokenBatch:
         batch = collate(examples, pad_id=pad_id_of(self.tokenizer), family=self.backbone.family)
         return batch.to(ranks.device())
+
+
+def dealt(micro_batches: Sequence[T]) -> list[T]:
+    """This rank's share of the longest-first micro-batches: one of each round, to and fro."""
+    rank, world_size = ranks.rank(), ranks.world_size()
+    rounds = range(0, len(micro_batches), world_size)
+    places = (rank if turn % 2 == 0 else world_size - 1 - rank for turn in range(len(rounds)))
+    return [micro_batches[start + place] for start, place in zip(rounds, places, strict=True)]
 
 
 def check_world(config: TuneConfig | AdaptConfig, world_size: int) -> None:
