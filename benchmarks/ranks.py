@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from softprompt_dist.parallel.extensions import choose_extensions_folder
+from softprompt_dist.parallel.extensions import choose_extensions_folder, prefer_own_ninja
 
 REPOSITORY = Path(__file__).parents[1]
 _POLL_SECONDS = 0.1
@@ -73,6 +73,7 @@ def hush_transformers() -> None:
 
 def _environment(num_ranks: int, device: str) -> dict[str, str]:
     choose_extensions_folder()
+    prefer_own_ninja()
     environ = {
         **os.environ,
         "WORLD_SIZE": str(num_ranks),

@@ -1,12 +1,9 @@
 """Parts of blocks that lie on a disk: DeepSpeed writes and reads them, byte for byte."""
 
-import os
-from pathlib import Path
-
 import cells
+import launch
 import pytest
 import torch
-from torch.utils.cpp_extension import get_default_build_root
 from transformers import T5Config, T5ForConditionalGeneration
 
 from tests.models import make_t5, save_model
@@ -42,8 +39,7 @@ def large_t5():
 @pytest.fixture(scope="module")
 def found(run_functions, tmp_path_factory):
     """Folder of each model, after all cells have run on it."""
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    if not any(root.rglob("async_io.so")):
+    if not any(launch.extensions_folder().rglob("async_io.so")):
         pytest.skip(
             "DeepSpeed's async_io is not built, which takes minutes: install libaio-dev, and run "
             "python -c 'from deepspeed.ops.op_builder import AsyncIOBuilder as B; B().load()'"
