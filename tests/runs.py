@@ -114,10 +114,13 @@ def write_recipe(path: Path, recipe: Mapping[str, Any]) -> Path:
 
 
 def metrics_without_time(run_dir: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl, of one kind or all, without the wall clock."""
+    """Lines of metrics.jsonl, of one kind or all, without what they cost.
+
+    A resumed run gathers more in its first step: ZeRO-3 must learn the order of the blocks again.
+    """
     lines = read_metrics(run_dir / "metrics.jsonl")
     return [
-        {name: value for name, value in line.items() if name != "time"}
+        {name: value for name, value in line.items() if name not in ("time", "gathered_bytes")}
         for line in lines
         if kind in (None, line["kind"])
     ]
