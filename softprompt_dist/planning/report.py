@@ -18,7 +18,7 @@ from softprompt_dist.planning.timing import ASSUMPTIONS
 from softprompt_dist.planning.work import backward_operations, forward_operations
 
 _WORDS = ("", "backbone", "precision", "off-load", "recompute")
-_MEMORY = ("weights", "gathered", "activ.", "logits", "other", "GPU GB", "host GB")
+_MEMORY = ("weights", "gathered", "active", "logits", "other", "GPU GB", "host GB")
 _SPEED = ("recv GB", "copy GB", "step ms", "rows/s", "load s", "conv. s")
 
 

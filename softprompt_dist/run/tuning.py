@@ -86,7 +86,7 @@ class TuningRun(Bench):
 
         Which examples make the global batch does not depend on the ranks. Within it, examples of
         about one length make a micro-batch, so that it holds little padding; micro-batches of about
-        one length are computed at a time, and dealt to and fro, so that the ranks end together.
+        one length are computed at a time, and dealt back and forth, so that the ranks end together.
         """
         train = self.splits["train"].tokens
         size = self.config.batch.micro_batch_size
@@ -102,7 +102,7 @@ class TuningRun(Bench):
 
 
 def dealt(micro_batches: Sequence[T]) -> list[T]:
-    """This rank's share of the longest-first micro-batches: one of each round, to and fro."""
+    """This rank's share of the longest-first micro-batches: one of each round, back and forth."""
     rank, world_size = ranks.rank(), ranks.world_size()
     rounds = range(0, len(micro_batches), world_size)
     places = (rank if turn % 2 == 0 else world_size - 1 - rank for turn in range(len(rounds)))
