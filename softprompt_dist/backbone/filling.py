@@ -76,11 +76,13 @@ def identity_of(inventory: Inventory, config: BackboneConfig) -> Identity:
     return Identity(config.path, fingerprint(inventory.reader, inventory.stored))
 
 
-def encoded_rows(reader: CheckpointReader, stored: str, format: RowFormat, rows: range) -> Tensor:
+def encoded_rows(
+    reader: CheckpointReader, stored: str, row_format: RowFormat, rows: range
+) -> Tensor:
     """bytes_RN of some rows of a stored tensor."""
-    if isinstance(format, Int8Rows):
+    if isinstance(row_format, Int8Rows):
         return reader.encoded_int8(stored, rows.start, rows.stop)
-    return format.encode(reader.rows(stored, rows.start, rows.stop))
+    return row_format.encode(reader.rows(stored, rows.start, rows.stop))
 
 
 def _fill_parts(
@@ -133,8 +135,10 @@ def _lay_out(
         if config.quantization in _BITSANDBYTES and not keep:
             setattr(holder, attribute, _bitsandbytes_layer(inventory, linear, config))
             continue
-        format = Int8Rows() if config.quantization == "int8" and not keep else plain
-        linear.slot = block.add_slot(linear.name, format, linear.out_features, linear.in_features)
+        row_format = Int8Rows() if config.quantization == "int8" and not keep else plain
+        linear.slot = block.add_slot(
+            linear.name, row_format, linear.out_features, linear.in_features
+        )
 
 
 def _bitsandbytes_layer(

@@ -127,10 +127,10 @@ class FrozenBlock(nn.Module):
         super().train(mode)
         return self
 
-    def add_slot(self, name: str, format: RowFormat, num_rows: int, num_columns: int) -> Slot:
+    def add_slot(self, name: str, row_format: RowFormat, num_rows: int, num_columns: int) -> Slot:
         """Reserve room for a weight behind the others."""
         start = -(-self.num_bytes // ALIGNMENT) * ALIGNMENT
-        slot = Slot(name, format, num_rows, num_columns, start)
+        slot = Slot(name, row_format, num_rows, num_columns, start)
         self.slots.append(slot)
         return slot
 
