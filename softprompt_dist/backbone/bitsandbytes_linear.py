@@ -10,6 +10,7 @@ of the whole model (`model.bfloat16()`) would round floating-point buffers.
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from functools import cache
 from typing import Any
 
@@ -57,7 +58,7 @@ def require_bitsandbytes(quantization: str, device_type: str) -> None:
         ) from error
 
 
-class _BitsAndBytesLinear(nn.Module):
+class _BitsAndBytesLinear(nn.Module, ABC):
     """A frozen linear layer that holds its weight in a form of bitsandbytes' own."""
 
     quantization: str
@@ -87,14 +88,17 @@ class _BitsAndBytesLinear(nn.Module):
         """Shape and dtype, for `print(model)`."""
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.dtype}"
 
+    @abstractmethod
     def _quantize(self, weight_RC: Tensor) -> None:
-        raise NotImplementedError
+        """Keep the weight in the library's form."""
 
+    @abstractmethod
     def _multiply(self, input_C: Tensor) -> Tensor:
-        raise NotImplementedError
+        """[..., C] to [..., R]."""
 
+    @abstractmethod
     def _dequantize(self) -> Tensor:
-        raise NotImplementedError
+        """weight_RC in floating point."""
 
 
 class _FrozenProduct(torch.autograd.Function):

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -142,7 +143,7 @@ class CheckpointReader:
         return rows
 
 
-class _File:
+class _File(ABC):
     """One weight file."""
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -167,8 +168,9 @@ class _File:
         """Unmap; the next read maps again."""
         self._mapped = None
 
+    @abstractmethod
     def _slice(self, name: str, first: int, last: int) -> Tensor:
-        raise NotImplementedError
+        """A view of rows of a tensor in the mapped file."""
 
     def _guarded(self, read: Callable[[], T]) -> T:
         try:
@@ -245,13 +247,6 @@ class _PickledFile(_File):
                 f"Cannot read {self.path}: it is damaged or holds more than tensors (code in it is "
                 "never run). Fetch it again, or use a safetensors checkpoint."
             ) from error
-
-
-def checkpoint_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of every stored tensor, one in memory at a time."""
-    reader = CheckpointReader(folder)
-    for name in reader.shapes:
-        yield name, reader.tensor(name)
 
 
 def _open(path: Path) -> _File:

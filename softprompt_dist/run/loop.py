@@ -37,7 +37,15 @@ _FREE_TO_CHANGE: dict[str, Any] = {
     "steps": ...,
     "deepspeed_config": ...,
     "checkpoint": ...,
-    "backbone": {"path", "revision", "sharding"},
+    "backbone": {
+        "path",
+        "revision",
+        "sharding",
+        "shard_group",
+        "offload",
+        "offload_path",
+        "activation_checkpointing",
+    },
     "batch": {"micro_batch_size"},
     "evaluation": {"batch_size"},
 }

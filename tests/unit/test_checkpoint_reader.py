@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from softprompt_dist.backbone.checkpoint_reader import CheckpointReader, checkpoint_tensors
+from softprompt_dist.backbone.checkpoint_reader import CheckpointReader
 from softprompt_dist.backbone.formats import Int8Rows
 from softprompt_dist.errors import BackboneError
 
@@ -72,9 +72,6 @@ def test_every_tensor_comes_back_whole_and_by_rows(
         for first in range(len(rows_RC)):
             for last in range(first + 1, len(rows_RC) + 1):
                 assert torch.equal(reader.rows(name, first, last), rows_RC[first:last])
-    assert {n: t.tolist() for n, t in checkpoint_tensors(tmp_path)} == {
-        n: t.tolist() for n, t in stored.items()
-    }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from softprompt_dist.config import TuneConfig
+from softprompt_dist.parallel.join import join_world
 from softprompt_dist.recipe import load_recipe
 from softprompt_dist.run.session import train
 from tests import runs
@@ -155,3 +156,16 @@ def test_more_steps_continue_a_finished_run(tune: Tune) -> None:
     assert (extended / "prompt" / "best.safetensors").read_bytes() == (
         whole / "prompt" / "best.safetensors"
     ).read_bytes()
+
+
+def test_a_resume_may_hold_the_backbone_otherwise(tune: Tune, lone_process: None) -> None:
+    join_world()
+    settings = ["checkpoint.every_steps=3"]
+    tune("run", *settings, "steps=3")
+    held_otherwise = [
+        "backbone.sharding=zero3",
+        "backbone.offload=cpu",
+        "backbone.activation_checkpointing=full",
+    ]
+    resumed = tune("run", *settings, *held_otherwise)
+    assert losses(resumed) == pytest.approx(losses(tune("whole", *settings)), abs=1e-5)
