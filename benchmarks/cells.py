@@ -34,6 +34,7 @@ CELLS: dict[str, dict[str, Any]] = {
 }
 REFERENCE, *_ = CELLS
 EXACT = ("zero3 fp32", "zero3 fp32, checkpointed")
+_STATES = {"output_hidden_states": True}
 _NUM_ROWS, _INPUT_LENGTH, _PROMPT_LENGTH = 4, 48, 20
 
 
@@ -71,6 +72,39 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
+def measure_rounding(settings: dict[str, Any]) -> dict[str, Any]:
+    """How far transformers' own gradient in fp32 is from fp64, on a row without padding."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    from softprompt_dist.backbone.load import family_of, locate_backbone
+    from softprompt_dist.config import BackboneConfig
+
+    folder = locate_backbone(BackboneConfig(path=settings["path"]))
+    seq2seq = family_of(folder) == "seq2seq"
+    kind = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+    gradients, largest = [], 0.0
+    for dtype in (torch.float32, torch.float64):
+        model = kind.from_pretrained(str(folder), dtype=dtype).eval().requires_grad_(False)
+        table_VD = model.get_input_embeddings().weight
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(3, len(table_VD), (1, _INPUT_LENGTH), generator=generator)
+        prompt_PD = table_VD[ids[0, :_PROMPT_LENGTH]].clone().requires_grad_()
+        embeds = torch.cat([prompt_PD[None], table_VD[ids]], dim=1)
+        labels = ids[:, :2] if seq2seq else torch.full(embeds.shape[:2], -100)
+        if not seq2seq:
+            labels[:, -2:] = ids[:, -2:]
+        output = model(inputs_embeds=embeds, labels=labels, use_cache=False, **_STATES)
+        output.loss.backward()
+        states = output.encoder_hidden_states if seq2seq else output.hidden_states
+        largest = max(float(state.abs().max()) for state in states)
+        assert prompt_PD.grad is not None
+        gradients.append(prompt_PD.grad.double())
+    single, double = gradients
+    difference = float((single - double).norm() / double.norm())
+    return {"gradient_difference": difference, "largest_activation": largest}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and report."""
     options = parser("cells", "Loss and gradient of every cell beside replicated fp32.")
@@ -92,6 +126,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         {"cell": cell, **{name: _text(found[cell]) for name, found in measured.items()}}
         for cell in CELLS
     ]
+    rounding = {
+        name: run_ranks("benchmarks.cells:measure_rounding", {"path": path}, num_ranks=1)[0]
+        for name, path in backbones.items()
+    }
+    report.raw["rounding"] = rounding
+    report.rows += _rounding_rows(rounding)
     report.notes = ["Loss in nats per token / norm of the gradient's difference over its norm."]
     report.aims = [
         Aim(f"{cell}, {name}", found[cell]["gradient_difference"], 1e-6)
@@ -99,6 +139,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, found in measured.items()
     ]
     report.publish(given.out)
+
+
+def _rounding_rows(rounding: dict[str, dict[str, float]]) -> list[dict[str, str]]:
+    own = {name: f"{found['gradient_difference']:.1e}" for name, found in rounding.items()}
+    largest = {name: f"{found['largest_activation']:.0f}" for name, found in rounding.items()}
+    return [
+        {"cell": "transformers, fp32 against fp64", **own},
+        {"cell": "largest activation", **largest},
+    ]
 
 
 def _text(found: dict[str, float]) -> str:

@@ -36,11 +36,17 @@ class FrozenLinear(nn.Module):
 
     def forward(self, input_C: Tensor) -> Tensor:
         """[..., C] to [..., R]."""
+        # One product of two matrices, however the input lies. Of one that is not contiguous torch
+        # makes a batch of products, whose gradient is tens of times less exact for a large head.
+        output_R = self._product(input_C.reshape(-1, self.in_features))
+        return output_R.view(*input_C.shape[:-1], self.out_features)
+
+    def _product(self, input_NC: Tensor) -> Tensor:
         assert self.slot is not None, f"{self.name} has not been loaded"
         if self.slot.weight_RC is not None:  # torch itself then keeps no more than that
-            return F.linear(input_C, self.slot.weight_RC, self.bias)
-        output_R: Tensor = _FrozenProduct.apply(input_C, self.slot)
-        return output_R if self.bias is None else output_R + self.bias
+            return F.linear(input_NC, self.slot.weight_RC, self.bias)
+        output_NR: Tensor = _FrozenProduct.apply(input_NC, self.slot)
+        return output_NR if self.bias is None else output_NR + self.bias
 
 
 class _FrozenProduct(torch.autograd.Function):

@@ -126,6 +126,21 @@ def test_a_linear_that_is_whole_keeps_no_more_than_its_weight() -> None:
     assert storages <= {block.flat.untyped_storage().data_ptr()}
 
 
+def test_a_large_head_rounds_alike_whole_and_gathered() -> None:
+    """Of the last positions of a row, as a decoder-only model's head gets them: not contiguous."""
+    generator = torch.Generator().manual_seed(0)
+    weight_RC = torch.randn(49152, 64, generator=generator)
+    hidden_BSD = torch.randn(4, 60, 64, generator=generator)
+
+    def gradient_of_targets(block: FrozenBlock) -> Tensor:
+        return gradient(lambda hidden: block(hidden[:, -3:])[:, :-1].softmax(-1), hidden_BSD)
+
+    whole = gradient_of_targets(block_of(FORMATS["fp32"], weight_RC, None))
+    again = gradient_of_targets(gathered(block_of(FORMATS["fp32"], weight_RC, None)))
+    assert whole.abs().max() > 0
+    assert torch.equal(whole, again)
+
+
 def test_a_linear_looks_for_its_weight_when_the_gradient_comes() -> None:
     """Under ZeRO-3 the bytes of the forward pass are gone by then; new ones have been gathered."""
     block = gathered(block_of(FORMATS["int8"], torch.randn(5, 9), None))
