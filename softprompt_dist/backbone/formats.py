@@ -56,7 +56,7 @@ class PlainRows:
 
     def multiply_transposed(self, grad_R: Tensor, bytes_RN: Tensor) -> Tensor:
         """See `RowFormat`."""
-        return _times(grad_R, bytes_RN.view(self.dtype))
+        return grad_R @ bytes_RN.view(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -104,14 +104,4 @@ class Int8Rows:
     def multiply_transposed(self, grad_R: Tensor, bytes_RN: Tensor) -> Tensor:
         """See `RowFormat`."""
         quantized_RC, scale_R = self.split(bytes_RN)
-        return _times(grad_R * scale_R.to(grad_R.dtype), quantized_RC.to(grad_R.dtype))
-
-
-def _times(grad_R: Tensor, weight_RC: Tensor) -> Tensor:
-    """[..., R] to [..., C] in one product of two matrices, as torch's own linear does it.
-
-    `@` would make a batch of products of a gradient that is not contiguous, with other rounding,
-    which the norms of a model with large activations magnify.
-    """
-    flat = torch.mm(grad_R.reshape(-1, weight_RC.shape[0]), weight_RC)
-    return flat.view(*grad_R.shape[:-1], weight_RC.shape[1])
+        return (grad_R * scale_R.to(grad_R.dtype)) @ quantized_RC.to(grad_R.dtype)
