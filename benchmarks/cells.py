@@ -6,6 +6,7 @@ python -m benchmarks.cells
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks.models import SHAPES, ensure_checkpoint
@@ -33,6 +34,12 @@ CELLS: dict[str, dict[str, Any]] = {
     "nf4": {"sharding": "replicated", "quantization": "nf4"},
 }
 REFERENCE, *_ = CELLS
+BACKBONES = {
+    "SmolLM2-135M": "demo:smollm2-135m",
+    "tiny T5": "demo:tiny-t5",
+    "random T5, 198 M": None,
+}
+"""Name -> path; None: made for the benchmark."""
 EXACT = ("zero3 fp32", "zero3 fp32, checkpointed")
 _STATES = {"output_hidden_states": True}
 _NUM_ROWS, _INPUT_LENGTH, _PROMPT_LENGTH = 4, 48, 20
@@ -109,19 +116,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure and report."""
     options = parser("cells", "Loss and gradient of every cell beside replicated fp32.")
     options.add_argument("--ranks", type=int, default=2)
+    options.add_argument("--backbones", nargs="+", choices=BACKBONES, default=list(BACKBONES))
     given = options.parse_args(argv)
-    folder = ensure_checkpoint(given.out / "models" / "t5-200m-fp32", SHAPES["200m"], "fp32")
-    backbones = {
-        "SmolLM2-135M": "demo:smollm2-135m",
-        "tiny T5": "demo:tiny-t5",
-        "random T5, 198 M": str(folder.resolve()),
-    }
+    backbones = {name: _path(name, given.out) for name in given.backbones}
     measured = {
         name: run_ranks("benchmarks.cells:measure", {"path": path}, num_ranks=given.ranks)[0]
         for name, path in backbones.items()
     }
     title = f"Loss, and difference of the prompt's gradient, in every cell ({given.ranks} ranks)"
-    report = Report("cells", title, settings_of(given), raw=measured)
+    report = Report("cells", title, settings_of(given), raw={"cells": measured})
     report.rows = [
         {"cell": cell, **{name: _text(found[cell]) for name, found in measured.items()}}
         for cell in CELLS
@@ -139,6 +142,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, found in measured.items()
     ]
     report.publish(given.out)
+
+
+def _path(name: str, out: Path) -> str:
+    path = BACKBONES[name]
+    if path is None:
+        made = ensure_checkpoint(out / "models" / "t5-200m-fp32", SHAPES["200m"], "fp32")
+        path = str(made.resolve())
+    return path
 
 
 def _rounding_rows(rounding: dict[str, dict[str, float]]) -> list[dict[str, str]]:

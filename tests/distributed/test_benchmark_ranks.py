@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_xxl, rows, tuning
+from benchmarks import cells, gpu_xxl, rows, tuning
 
 
 @pytest.fixture(autouse=True)
@@ -40,3 +40,13 @@ def test_peft_and_ours_do_the_same_work(tmp_path: Path) -> None:
     assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-4)
     assert theirs["steps"][0]["gather_bytes"] > 0
     assert ours["steps"][0]["gather_bytes"] > 0
+
+
+def test_every_cell_of_the_tiny_t5_is_compared(tmp_path: Path) -> None:
+    cells.main(["--backbones", "tiny T5", "--out", str(tmp_path)])
+    report = json.loads((tmp_path / "cells.json").read_text())
+    assert [row["cell"] for row in report["table"]][: len(cells.CELLS)] == list(cells.CELLS)
+    assert report["aims"]
+    assert all(aim["reached"] for aim in report["aims"])
+    rounding = report["measured"]["rounding"]["tiny T5"]
+    assert 0 < rounding["gradient_difference"] < 1e-5
