@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
-from softprompt_dist.config import AdaptConfig, Section, TuneConfig
+from softprompt_dist.adapt_config import AdaptConfig
+from softprompt_dist.config import TuneConfig
+from softprompt_dist.section import Section
 
 HEADER = """# Recipes
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from softprompt_dist.config import AdaptConfig
+from softprompt_dist.adapt_config import AdaptConfig
 from softprompt_dist.errors import ConfigError
 from softprompt_dist.parallel.verb import VerbParser, run_verb
 from softprompt_dist.recipe import load_recipe, to_yaml

@@ -4,16 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[int, Field(ge=0)]
-
-
-class Section(BaseModel):
-    """A frozen group of settings that refuses unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+from softprompt_dist.section import BatchConfig, CheckpointConfig, NotNegative, Positive, Section
+from softprompt_dist.task_config import MixtureConfig, TaskConfig, TransferConfig
 
 
 class BackboneConfig(Section):
@@ -73,43 +67,6 @@ class BackboneConfig(Section):
         return self
 
 
-class SourceConfig(Section):
-    """Where rows come from."""
-
-    kind: Literal["files", "hub", "vader"] = "files"
-    """files: jsonl, csv or parquet (gzip allowed); hub: a Hugging Face data set; vader: PyPI."""
-    train: str | None = None
-    """Path or hub split name."""
-    validation: str | None = None
-    """Path or hub split name; where absent, a tenth of train by hash of the text."""
-    test: str | None = None
-    """Path or hub split name; where absent, a tenth of train by hash of the text."""
-    name: str | None = None
-    """Hub data set name, or for vader: `movies` or `sources`."""
-    subset: str | None = None
-    """Hub configuration name."""
-    revision: str | None = None
-    """Hub revision; recorded in the run."""
-
-
-class TaskConfig(Section):
-    """Text in, label string out."""
-
-    name: str = "vader-movies"
-    source: SourceConfig = SourceConfig(kind="vader", name="movies")
-    input_template: str = "{text}"
-    """Field names in braces; the row's values are put in."""
-    label_field: str = "label"
-    labels: dict[str, str] = Field(
-        default={"negative": "negative", "positive": "positive"}, min_length=1
-    )
-    """Value of `label_field` (as a string) -> the target text. Any other value is an error."""
-    append_eos: bool = True
-    """Whether the end-of-sequence piece belongs to the target (T5: yes)."""
-    max_examples: Positive | None = None
-    """Use only n training rows (after the split), a fair sample that is always the same."""
-
-
 class PromptConfig(Section):
     """The soft prompt [P, D]."""
 
@@ -157,11 +114,12 @@ class OptimizerConfig(Section):
     """AdamW only."""
 
 
-class BatchConfig(Section):
+class TuningBatchConfig(BatchConfig):
     """How many examples make an update, and how many fit a device at once."""
 
-    global_batch_size: Positive = 32
-    micro_batch_size: Positive = 4
+    micro_batch_tokens: Positive | None = None
+    """Instead of micro_batch_size: rows of about one length, as many as fit this many positions
+    (prompt, longest input and target of the micro-batch, times its rows)."""
 
 
 class EvaluationConfig(Section):
@@ -170,17 +128,16 @@ class EvaluationConfig(Section):
     every_steps: Positive = 1000
     method: Literal["rank", "greedy"] = "greedy"
     """greedy: free generation as in the paper; rank: the most likely string of the label set."""
+    length_normalisation: Literal["none", "tokens", "characters"] = "none"
+    """rank: a label's log-probability as it is, or divided by the label's tokens or characters."""
+    max_target_tokens: Positive | None = None
+    """greedy: answers end here. Default: the longest target of the task (T5X)."""
     max_validation_examples: Positive | None = None
     max_test_examples: Positive | None = None
-    batch_size: Positive = 8
-    """Rows per rank at a time."""
-
-
-class CheckpointConfig(Section):
-    """What is saved for a resume."""
-
-    every_steps: Positive = 1000
-    keep_last: Positive = 3
+    batch_tokens: Positive = 4096
+    """Positions (prompt and longest input, times rows) that a rank scores at a time."""
+    early_stopping_patience: Positive | None = None
+    """End after so many validations in a row that were no better than the best before."""
 
 
 class TuneConfig(Section):
@@ -197,9 +154,12 @@ class TuneConfig(Section):
     """JSON for the engine's plumbing; decides sharding, dtype and off-load where given."""
     backbone: BackboneConfig = BackboneConfig()
     task: TaskConfig = TaskConfig()
+    mixture: MixtureConfig = MixtureConfig()
+    transfer: list[TransferConfig] = Field(default=[], max_length=64)
+    """Tasks on which the best prompt is scored after tuning, without tuning for them."""
     prompt: PromptConfig = PromptConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    batch: BatchConfig = BatchConfig()
+    batch: TuningBatchConfig = TuningBatchConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
@@ -230,65 +190,3 @@ class TuneConfig(Section):
                 "end. Set evaluation.method=rank or task.append_eos=true."
             )
         return self
-
-
-class ArchitectureConfig(Section):
-    """A T5 v1.1 made from nothing (`init: from_config`). Its head is always its own."""
-
-    d_model: Positive = 192
-    d_kv: Positive = 32
-    d_ff: Positive = 512
-    num_heads: Positive = 6
-    num_layers: Positive = 4
-    num_decoder_layers: Positive = 3
-
-
-class AdaptConfig(Section):
-    """Everything `softprompt adapt` needs: all weights of a T5 v1.1, on plain text."""
-
-    name: str = Field(default="adapt", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
-    run_directory: str | None = None
-    seed: NotNegative = 0
-    steps: Positive = 100000
-    init: Literal["from_config", "from_checkpoint"] = "from_checkpoint"
-    backbone: str | None = None
-    """For `from_checkpoint`: a Hugging Face folder, hub name or `demo:` name."""
-    architecture: ArchitectureConfig = ArchitectureConfig()
-    """For `from_config`."""
-    tokenizer: str | None = None
-    """Folder of the tokenizer; default: beside the backbone."""
-    corpus: list[str] = Field(min_length=1)
-    """Text files (one document a line; .gz and .xz too). `path*3`: three times an epoch."""
-    validation_corpus: list[str] = []
-    objective: Literal["span_corruption", "prefix_lm"] = "prefix_lm"
-    noise_density: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    mean_noise_span_length: Annotated[float, Field(ge=1)] = 3.0
-    inputs_length: Annotated[int, Field(ge=8)] = 512
-    targets_length: Annotated[int, Field(ge=8)] = 512
-    z_loss: Annotated[float, Field(ge=0)] = 1e-4
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    optimizer: Literal["adafactor", "adamw", "rms_scaled_adamw"] = "adafactor"
-    """rms_scaled_adamw: steps relative to each matrix's root mean square; good from scratch."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1.0
-    """Peak; with `rsqrt` the rate is learning_rate / sqrt(max(step + start_step, warmup_steps))."""
-    schedule: Literal["rsqrt", "constant", "cosine"] = "rsqrt"
-    warmup_steps: NotNegative = 10000
-    start_step: NotNegative = 1000000
-    """The clock of `rsqrt`; the decay of Adafactor always counts from this run's start."""
-    decay_steps: NotNegative = 0
-    """The last so many steps also bring the rate down to 0, linearly."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    max_gradient_norm: Annotated[float, Field(gt=0)] | None = None
-    """Clip the gradient of all weights together to this norm; T5 does not clip."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """bf16: matrix products in bf16, weights and optimizer in fp32."""
-    compile: bool = False
-    """Use torch.compile; pays off after minutes of training."""
-    export_dtype: Literal["fp32", "bf16"] = "fp32"
-    batch: BatchConfig = BatchConfig()
-    log_every_steps: Positive = 10
-    max_validation_examples: Positive = 512
-    evaluate_every_steps: Positive = 1000
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    export_steps: list[Positive] = []
-    """Steps at which a Hugging Face folder is written, besides the last."""

@@ -15,8 +15,8 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import ValidationError
 
-from softprompt_dist.config import Section
 from softprompt_dist.errors import ConfigError
+from softprompt_dist.section import Section
 
 RecipeT = TypeVar("RecipeT", bound=Section)
 

@@ -102,7 +102,7 @@ def tiny_recipe(backbone: Path, data: Path) -> dict[str, Any]:
         },
         "prompt": {"prompt_length": 5},
         "batch": {"global_batch_size": 8, "micro_batch_size": 4},
-        "evaluation": {"every_steps": 10, "method": "rank", "batch_size": 8},
+        "evaluation": {"every_steps": 10, "method": "rank", "batch_tokens": 256},
         "checkpoint": {"every_steps": 10, "keep_last": 3},
     }
 

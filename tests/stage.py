@@ -9,7 +9,7 @@ import torch
 from softprompt_dist.backbone.load import load_backbone, load_tokenizer
 from softprompt_dist.config import BackboneConfig
 from softprompt_dist.data.batching import tokenise
-from softprompt_dist.data.tasks import Example
+from softprompt_dist.data.examples import Example
 from softprompt_dist.prompt.module import SoftPrompt
 from softprompt_dist.run.scoring import LabelSet, Scorer
 from tests import runs

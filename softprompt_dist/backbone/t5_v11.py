@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
-from softprompt_dist.config import ArchitectureConfig
+from softprompt_dist.adapt_config import ArchitectureConfig
 from softprompt_dist.errors import BackboneError
 
 

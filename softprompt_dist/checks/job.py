@@ -7,8 +7,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from softprompt_dist.adapt_config import AdaptConfig
 from softprompt_dist.checks.finding import Finding
-from softprompt_dist.config import AdaptConfig, BackboneConfig, TuneConfig
+from softprompt_dist.config import BackboneConfig, TuneConfig
 from softprompt_dist.errors import ConfigError
 from softprompt_dist.recipe import load_recipe, resolve_recipe
 

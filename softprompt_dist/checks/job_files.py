@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from softprompt_dist.adapt_config import AdaptConfig
 from softprompt_dist.cache import cache_directory
 from softprompt_dist.checks.finding import Finding
-from softprompt_dist.config import AdaptConfig, BackboneConfig, PromptConfig, TaskConfig, TuneConfig
+from softprompt_dist.config import BackboneConfig, PromptConfig, TuneConfig
 from softprompt_dist.errors import BackboneError, DataError, SoftpromptError
+from softprompt_dist.task_config import TaskConfig
 
 _READ_WHOLE_BYTES = 256 * 2**20
 _HUB_SECONDS = 10.0

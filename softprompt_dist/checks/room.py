@@ -7,6 +7,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from softprompt_dist.adapt_config import AdaptConfig
 from softprompt_dist.backbone.architecture import architecture_of
 from softprompt_dist.backbone.cell import Cell, Cluster, Workload
 from softprompt_dist.backbone.host_memory import node_bytes
@@ -14,7 +15,7 @@ from softprompt_dist.backbone.memory_model import check_memory, predict_memory
 from softprompt_dist.checks.finding import Finding
 from softprompt_dist.checks.job_files import read_config
 from softprompt_dist.checks.machine import on_gpu
-from softprompt_dist.config import AdaptConfig, TuneConfig
+from softprompt_dist.config import TuneConfig
 from softprompt_dist.errors import BackboneError, MachineError
 from softprompt_dist.parallel import ranks
 

@@ -15,7 +15,7 @@ from softprompt_dist.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from softprompt_dist.data.tasks import Example
+    from softprompt_dist.data.examples import Example
 
 Family = Literal["seq2seq", "causal"]
 IGNORED_LABEL = -100

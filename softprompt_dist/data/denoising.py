@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from softprompt_dist.config import AdaptConfig
+from softprompt_dist.adapt_config import AdaptConfig
 from softprompt_dist.data.batching import TokenBatch
 from softprompt_dist.data.corpus import Pieces, TokenisedCorpus, cut_concatenated, cut_documents
 from softprompt_dist.data.objectives import (

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from softprompt_dist.data.tasks import Example, TaskData
+    from softprompt_dist.data.examples import Example
+    from softprompt_dist.data.tasks import TaskData
 
 
 def majority_class(task: TaskData, split_examples: Sequence[Example]) -> list[str]:

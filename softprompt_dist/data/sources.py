@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from softprompt_dist.config import SourceConfig
 from softprompt_dist.data.vader import VADER_TASKS, vader_rows
 from softprompt_dist.errors import DataError
+from softprompt_dist.task_config import SourceConfig
 
 Row = dict[str, Any]
 SPLITS = ("train", "validation", "test")

@@ -8,20 +8,13 @@ import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from softprompt_dist.config import TaskConfig
+from softprompt_dist.data.examples import Example
 from softprompt_dist.data.sources import SPLITS, Row, Rows, nearest, read_splits
 from softprompt_dist.errors import DataError
+from softprompt_dist.task_config import TaskConfig
 
 _NUM_BUCKETS = 10
 _HASH_BUCKETS = {"test": 0, "validation": 1}
-
-
-@dataclass(frozen=True)
-class Example:
-    """What the model reads and what it should answer."""
-
-    input_text: str
-    target_text: str
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from softprompt_dist.adapt_config import AdaptConfig
 from softprompt_dist.backbone.t5_v11 import T5V11
-from softprompt_dist.config import AdaptConfig
 from softprompt_dist.data.batching import TokenBatch
 from softprompt_dist.data.denoising import DenoisingData
 from softprompt_dist.errors import CheckpointError, NonFiniteLossError

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from softprompt_dist.config import AdaptConfig
+from softprompt_dist.adapt_config import AdaptConfig
 from softprompt_dist.run.optimizer import T5XAdafactor
 from softprompt_dist.run.rms_scaled_adamw import RmsScaledAdamW
 

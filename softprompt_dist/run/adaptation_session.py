@@ -7,10 +7,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from softprompt_dist.adapt_config import AdaptConfig
 from softprompt_dist.backbone.load import load_tokenizer, locate_backbone
 from softprompt_dist.backbone.t5_v11 import T5V11, new_t5, read_t5
 from softprompt_dist.cache import cache_directory
-from softprompt_dist.config import AdaptConfig, BackboneConfig
+from softprompt_dist.config import BackboneConfig
 from softprompt_dist.data.corpus import TokenisedCorpus, tokenise_corpus
 from softprompt_dist.data.denoising import DenoisingData, SpecialIds
 from softprompt_dist.errors import CheckpointError, ConfigError, NonFiniteLossError

@@ -47,7 +47,7 @@ _FREE_TO_CHANGE: dict[str, Any] = {
         "activation_checkpointing",
     },
     "batch": {"micro_batch_size"},
-    "evaluation": {"batch_size"},
+    "evaluation": {"batch_tokens"},
 }
 """Settings that a resume may change: no result depends on them (dropout's draws aside), or the
 fingerprint decides."""

@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from softprompt_dist.data.examples import Example
 from softprompt_dist.data.floors import majority_class, naive_bayes
-from softprompt_dist.data.tasks import Example
 from softprompt_dist.parallel import ranks
 from softprompt_dist.prompt.module import SoftPrompt
 from softprompt_dist.run.directory import RunDirectory

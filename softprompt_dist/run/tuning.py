@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from softprompt_dist.adapt_config import AdaptConfig
 from softprompt_dist.backbone.base import Backbone
 from softprompt_dist.backbone.fingerprint import local_checksum
 from softprompt_dist.backbone.load import (
@@ -19,10 +20,11 @@ from softprompt_dist.backbone.load import (
     load_tokenizer,
     locate_backbone,
 )
-from softprompt_dist.config import AdaptConfig, TuneConfig
+from softprompt_dist.config import TuneConfig
 from softprompt_dist.data.batching import Family, TokenBatch, TokenExample, collate, tokenise
+from softprompt_dist.data.examples import Example
 from softprompt_dist.data.order import ExampleOrder
-from softprompt_dist.data.tasks import Example, TaskData, load_task
+from softprompt_dist.data.tasks import TaskData, load_task
 from softprompt_dist.errors import ConfigError, DataError, InvariantError
 from softprompt_dist.parallel import ranks
 from softprompt_dist.parallel.equality import assert_equal_on_all_ranks, assert_same_on_all_ranks
@@ -154,7 +156,7 @@ def build_bench(
     assert_same_on_all_ranks(backbone.fingerprint, "The backbone's fingerprint")
     ranks.together(lambda: _check_positions(config, backbone, splits))
     evaluation = config.evaluation
-    scorer = Scorer(backbone, tokenizer, labels, evaluation.method, evaluation.batch_size)
+    scorer = Scorer(backbone, tokenizer, labels, evaluation.method, evaluation.batch_tokens)
     return Bench(config, task, tokenizer, splits, backbone, scorer)
 
 

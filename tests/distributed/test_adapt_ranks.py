@@ -8,7 +8,7 @@ PACKAGE = Path(softprompt_dist.__file__).parent
 
 
 def updates(recipe):
-    from softprompt_dist.config import AdaptConfig
+    from softprompt_dist.adapt_config import AdaptConfig
     from softprompt_dist.recipe import load_recipe
     from softprompt_dist.run.adaptation import update_weights, validation_loss
     from softprompt_dist.run.adaptation_session import build_adaptation_run

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from softprompt_dist.config import SourceConfig, TuneConfig
+from softprompt_dist.config import TuneConfig
 from softprompt_dist.data.tasks import load_task
 from softprompt_dist.recipe import load_recipe
+from softprompt_dist.task_config import SourceConfig
 
 DATA = Path(__file__).parent / "data"
 

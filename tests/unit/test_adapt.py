@@ -9,8 +9,9 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import softprompt_dist
 from softprompt_dist import adapt
+from softprompt_dist.adapt_config import AdaptConfig, ArchitectureConfig
 from softprompt_dist.backbone.t5_v11 import new_t5, read_t5
-from softprompt_dist.config import AdaptConfig, ArchitectureConfig, TuneConfig
+from softprompt_dist.config import TuneConfig
 from softprompt_dist.errors import BackboneError, CheckpointError, ConfigError, NonFiniteLossError
 from softprompt_dist.recipe import load_recipe
 from softprompt_dist.run import adaptation_session, session

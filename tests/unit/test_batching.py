@@ -4,7 +4,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from softprompt_dist.data.batching import TokenExample, collate, tokenise
-from softprompt_dist.data.tasks import Example
+from softprompt_dist.data.examples import Example
 from softprompt_dist.errors import DataError
 
 WORDS = ["<pad>", "</s>", "<bos>", "a", "b", "c", "d", "yes", "no"]

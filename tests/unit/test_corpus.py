@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import softprompt_dist
-from softprompt_dist.config import AdaptConfig
+from softprompt_dist.adapt_config import AdaptConfig
 from softprompt_dist.data.corpus import (
     cut_concatenated,
     documents,

@@ -1,7 +1,8 @@
 import pytest
 
+from softprompt_dist.data.examples import Example
 from softprompt_dist.data.floors import majority_class, naive_bayes
-from softprompt_dist.data.tasks import Example, TaskData
+from softprompt_dist.data.tasks import TaskData
 from softprompt_dist.run.metrics import accuracy, wilson_interval
 
 

@@ -5,9 +5,9 @@ import json
 import datasets
 import pytest
 
-from softprompt_dist.config import SourceConfig, TaskConfig
 from softprompt_dist.data.tasks import load_task
 from softprompt_dist.errors import DataError
+from softprompt_dist.task_config import SourceConfig, TaskConfig
 
 
 @pytest.fixture

@@ -13,10 +13,11 @@ MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")
 
 FOLDERS = {
     "parallel": set(),
-    "data": {"parallel"},
+    "metrics": set(),
+    "data": {"parallel", "metrics"},
     "prompt": {"parallel"},
     "backbone": {"parallel", "data"},
-    "run": {"parallel", "data", "prompt", "backbone"},
+    "run": {"parallel", "metrics", "data", "prompt", "backbone"},
     "planning": {"backbone"},
     "checks": {"parallel", "data", "prompt", "backbone", "run", "planning"},
 }
@@ -27,8 +28,11 @@ SINGLES = {
     "launcher": set(),
     "cache": {"errors"},
     "durable": {"errors"},
-    "config": {"errors"},
-    "recipe": {"errors", "config"},
+    "section": {"errors"},
+    "task_config": {"errors", "section"},
+    "adapt_config": {"errors", "section"},
+    "config": {"errors", "section", "task_config"},
+    "recipe": {"errors", "section"},
 }
 """Single module below the folders -> the single modules it may import; any other is a verb."""
 

@@ -1,6 +1,7 @@
 import pytest
 
-from softprompt_dist.config import AdaptConfig, TuneConfig
+from softprompt_dist.adapt_config import AdaptConfig
+from softprompt_dist.config import TuneConfig
 from softprompt_dist.recipe import load_recipe, recipe_names
 
 

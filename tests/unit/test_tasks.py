@@ -4,9 +4,9 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from softprompt_dist.config import SourceConfig, TaskConfig
 from softprompt_dist.data.tasks import hash_split, load_task
 from softprompt_dist.errors import DataError
+from softprompt_dist.task_config import SourceConfig, TaskConfig
 
 LABELS = {"0": "negative", "1": "positive"}
 ROWS = [{"text": f"snippet number {n}", "label": n % 2} for n in range(60)]

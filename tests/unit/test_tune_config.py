@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from softprompt_dist.config import AdaptConfig, TuneConfig
+from softprompt_dist.adapt_config import AdaptConfig
+from softprompt_dist.config import TuneConfig
 from softprompt_dist.errors import ConfigError
 from softprompt_dist.parallel.verb import VerbParser
 from softprompt_dist.recipe import load_recipe, to_yaml

@@ -1,0 +1,1 @@
+"""Tasks whose text, labels and metrics are known by name."""

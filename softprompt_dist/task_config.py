@@ -1,0 +1,119 @@
+"""Every setting of a task and of several tasks, its default and its rule."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from softprompt_dist.section import Positive, Section
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class SourceConfig(Section):
+    """Where rows come from."""
+
+    kind: Literal["files", "hub", "vader", "superglue"] = "files"
+    """files: jsonl, csv or parquet (the first two also gzip); hub: a Hugging Face data set; vader:
+    PyPI; superglue: the official zips, or their folder."""
+    path: str | None = None
+    """superglue: combined.zip, a task's zip such as BoolQ.zip, or a folder of either layout."""
+    train: str | None = None
+    """Path or hub split name."""
+    validation: str | None = None
+    """Path or hub split name; where absent, a tenth of train by hash of the text."""
+    test: str | None = None
+    """Path or hub split name; where absent, a tenth of train by hash of the text."""
+    name: str | None = None
+    """Hub data set name, or for vader: `movies`, `amazon`, `nyt`, `tweets` or `sources`."""
+    subset: str | None = None
+    """Hub configuration name."""
+    revision: str | None = None
+    """Hub revision; recorded in the run."""
+    sha256: dict[Literal["train", "validation", "test"], Sha256] = {}
+    """files: hex digest that a split's file must have. What files had is recorded in the run."""
+
+
+class TaskConfig(Section):
+    """Text in, text out: a task of the catalogue, or one's own by a template."""
+
+    catalogue: str | None = None
+    """A task of `softprompt tasks list`, which decides text, labels and metrics."""
+    prefixed: bool = False
+    """catalogue: with T5's task prefix. Prompt tuning leaves it out (taskless)."""
+    name: str = "vader-movies"
+    """Default of a catalogue's task: its name there."""
+    source: SourceConfig = SourceConfig(kind="vader", name="movies")
+    """Default of a catalogue's task: its data set on the hub."""
+    input_template: str | None = "{text}"
+    """Own task: field names in braces; the row's values are put in."""
+    label_field: str | None = "label"
+    """Own task: the field whose value `labels` translates."""
+    labels: dict[str, str] = {"negative": "negative", "positive": "positive"}
+    """Own task: value of `label_field` (as a string) -> the target text; any other value is an
+    error. Empty: the value itself is the target text, or a list of texts of which each is right."""
+    id_field: str | None = None
+    """Own task: a field that names the row; values must differ. Default: the row's number."""
+    metrics: list[str] = []
+    """Own task: of `softprompt tasks metrics`. Default: accuracy with labels, else squad."""
+    append_eos: bool = True
+    """Whether the end-of-sequence piece belongs to the target (T5: yes)."""
+    max_examples: Positive | None = None
+    """Use only n training rows (after the split), a fair sample that is always the same."""
+    skip_bad_rows: bool = False
+    """Leave out and count rows that cannot be read, instead of ending with the first one."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_catalogue(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("catalogue") is not None:
+            defaults: dict[str, Any] = {"name": values["catalogue"], "source": {"kind": "hub"}}
+            own: dict[str, Any] = {"input_template": None, "label_field": None, "labels": {}}
+            return defaults | own | values
+        return values
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> TaskConfig:
+        own = ("input_template", "label_field", "labels", "id_field", "metrics")
+        given = [name for name in own if getattr(self, name)]
+        if self.catalogue is not None and given:
+            raise ValueError(
+                f"catalogue is {self.catalogue!r}, which decides {', '.join(given)}. Remove these, "
+                "or remove catalogue to describe a task of your own."
+            )
+        if self.catalogue is None and not (self.input_template and self.label_field):
+            raise ValueError(
+                "input_template and label_field must be given, or catalogue must name a task of "
+                "`softprompt tasks list`."
+            )
+        if self.prefixed and self.catalogue is None:
+            raise ValueError(
+                "prefixed is true, but only a catalogue's task has a prefix. Write yours into "
+                "input_template."
+            )
+        return self
+
+
+class MixtureConfig(Section):
+    """Tasks tuned together, beside `task`: which share of the examples each gives."""
+
+    tasks: list[TaskConfig] = Field(default=[], max_length=64)
+    """The tasks besides `task`. Empty: no mixture."""
+    rates: Literal["proportional", "equal"] = "proportional"
+    """proportional to min(examples, maximum) ** (1 / temperature), as T5's mixtures; or equal."""
+    maximum: Positive | None = None
+    """proportional: no task counts as having more examples than this (T5: 2 ** 19 or so)."""
+    temperature: Annotated[float, Field(ge=1.0)] = 1.0
+    """proportional: 1 keeps the proportions, greater evens them out."""
+
+
+class TransferConfig(Section):
+    """Another task on which the tuned prompt is scored as it is (the paper's section 5)."""
+
+    task: TaskConfig
+    split: Literal["train", "validation", "test"] = "test"
+    max_examples: Positive | None = None
+    """Score a fair sample of n."""
+    translate: dict[str, str] = {}
+    """Text in the answers -> what it means here, such as duplicate: equivalent; longest first."""
