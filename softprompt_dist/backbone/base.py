@@ -9,8 +9,7 @@ that start there.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +29,16 @@ class Identity:
     path: str
     fingerprint: str
     """Of the weights; the same in every precision and under any sharding."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Prompt and input as read, with what of the answer there is so far."""
+
+    logits_BV: Tensor
+    """Of the token to come."""
+    state: Any
+    """What the backbone holds of what was read; it grows with the answer."""
 
 
 class Backbone(nn.Module):
@@ -84,17 +93,57 @@ class Backbone(nn.Module):
         """Most positions that prompt, input and target may take together; None for no limit."""
         return None
 
-    def forward(self, prompt_BPD: Tensor, batch: TokenBatch) -> Tensor:
-        """Logits of the target tokens given prompt and input.
+    def forward(self, *inputs: Any, part: Callable[..., Any] | None = None) -> Any:
+        """Logits of the target tokens given (prompt_BPD, batch).
+
+        Args:
+            *inputs: of `part`.
+            part: what to run instead of the whole, as a forward pass of this module, which is where
+                ZeRO-3's hooks begin; for this class's own use.
 
         Returns:
             logits_BTV in the backbone's dtype; position t predicts `batch.target_ids_BT[:, t]`.
         """
-        embeds_BSD = self.embedding(batch.input_ids_BS)
-        return self._logits(prompt_BPD.to(embeds_BSD.dtype), embeds_BSD, batch)
+        return (part or self._logits)(*inputs)
 
-    def _logits(self, prompt_BPD: Tensor, embeds_BSD: Tensor, batch: TokenBatch) -> Tensor:
-        raise AssertionError("a Backbone is a Seq2SeqBackbone or a CausalBackbone")
+    def read(self, prompt_BPD: Tensor, batch: TokenBatch) -> Reading:
+        """Read prompt and input, to answer token by token; the batch's targets are left aside."""
+        reading: Reading = self(prompt_BPD, batch, part=self._read)
+        return reading
+
+    def extend(self, reading: Reading, ids_B: Tensor) -> Reading:
+        """The reading after each row's answer has grown by a token; the old one is spent."""
+        longer: Reading = self(reading, ids_B, part=self._extend)
+        return longer
+
+    def answer_logits(self, prompt_BPD: Tensor, batch: TokenBatch, answers_LT: Tensor) -> Tensor:
+        """Logits of L given answers to each row, padded to T tokens; the input is read once.
+
+        Returns:
+            logits_BLTV; what stands behind an answer's last token has no meaning.
+        """
+        logits_BLTV: Tensor = self(prompt_BPD, batch, answers_LT, part=self._answer_logits)
+        return logits_BLTV
+
+    def _embedded(self, prompt_BPD: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        """Prompt and input side by side, [B, P + S, D], and the mask of their tokens."""
+        embeds_BSD = self.embedding(batch.input_ids_BS)
+        return (
+            torch.cat([prompt_BPD.to(embeds_BSD.dtype), embeds_BSD], dim=1),
+            _with_prompt(prompt_BPD, batch.input_mask_BS),
+        )
+
+    def _logits(self, prompt_BPD: Tensor, batch: TokenBatch) -> Tensor:
+        raise NotImplementedError
+
+    def _read(self, prompt_BPD: Tensor, batch: TokenBatch) -> Reading:
+        raise NotImplementedError
+
+    def _extend(self, reading: Reading, ids_B: Tensor) -> Reading:
+        raise NotImplementedError
+
+    def _answer_logits(self, prompt_BPD: Tensor, batch: TokenBatch, answers_LT: Tensor) -> Tensor:
+        raise NotImplementedError
 
     def install_hooks(self) -> None:
         """All ranks: have DeepSpeed bring each sharded block in and out around its use."""
@@ -134,64 +183,6 @@ class Backbone(nn.Module):
             engine.optimizer.release_backward_leftovers()
 
 
-class Seq2SeqBackbone(Backbone):
-    """T5 and its like: [prompt ; input ; padding] to the encoder, target to the decoder."""
-
-    family: Family = "seq2seq"
-
-    def _logits(self, prompt_BPD: Tensor, embeds_BSD: Tensor, batch: TokenBatch) -> Tensor:
-        decoder_ids_BT = torch.full_like(batch.target_ids_BT, self.config.decoder_start_token_id)
-        decoder_ids_BT[:, 1:] = batch.target_ids_BT[:, :-1]
-        logits_BTV: Tensor = self.model(
-            torch.cat([prompt_BPD, embeds_BSD], dim=1),
-            _with_prompt(prompt_BPD, batch.input_mask_BS),
-            self.embedding(decoder_ids_BT),
-        )
-        return logits_BTV
-
-
-class CausalBackbone(Backbone):
-    """Llama, GPT-NeoX, Qwen and their like: [prompt ; padding ; input ; target] in one row.
-
-    Inputs are padded on the left, so that all targets start at the same column and the head is
-    computed for them alone. Positions count real tokens only; padding changes nothing.
-    """
-
-    family: Family = "causal"
-
-    @property
-    def max_positions(self) -> int | None:
-        """Most positions that prompt, input and target may take together; None for no limit."""
-        names = ("max_position_embeddings", "n_positions")
-        return next((int(n) for name in names if (n := getattr(self.config, name, None))), None)
-
-    @property
-    def _attention_window(self) -> float:
-        return getattr(self.config, "sliding_window", None) or math.inf
-
-    def _logits(self, prompt_BPD: Tensor, embeds_BSD: Tensor, batch: TokenBatch) -> Tensor:
-        num_targets = batch.target_ids_BT.shape[1]
-        start_BLD = torch.cat([prompt_BPD, embeds_BSD], dim=1)
-        start_mask_BL = _with_prompt(prompt_BPD, batch.input_mask_BS)
-        if start_BLD.shape[1] + num_targets > self._attention_window:
-            start_BLD, start_mask_BL = _padding_first(start_BLD, start_mask_BL)
-        mask = torch.cat([start_mask_BL, batch.target_mask_BT], dim=1).long()
-        logits: Tensor = self.model(
-            inputs_embeds=torch.cat([start_BLD, self.embedding(batch.target_ids_BT)], dim=1),
-            attention_mask=mask,
-            position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
-            use_cache=False,
-            logits_to_keep=num_targets + 1,
-        ).logits
-        return logits[:, -num_targets - 1 : -1]
-
-
 def _with_prompt(prompt_BPD: Tensor, mask_BS: Tensor) -> Tensor:
     """Prompt positions are always visible (prompt-tuning `masks.py`)."""
     return torch.cat([mask_BS.new_ones(prompt_BPD.shape[:2]), mask_BS], dim=1)
-
-
-def _padding_first(embeds_BLD: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """Padding moved before the prompt: transformers counts it in the window of an attention."""
-    order_BL = mask_BL.argsort(dim=1, stable=True)
-    return embeds_BLD.take_along_dim(order_BL[:, :, None], 1), mask_BL.take_along_dim(order_BL, 1)

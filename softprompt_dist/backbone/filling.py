@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from softprompt_dist.backbone.arrival import slot_sums
-from softprompt_dist.backbone.base import Backbone, CausalBackbone, Identity, Seq2SeqBackbone
+from softprompt_dist.backbone.base import Backbone, Identity
+from softprompt_dist.backbone.causal import CausalBackbone
 from softprompt_dist.backbone.checkpoint_reader import CheckpointReader
 from softprompt_dist.backbone.embedding import FrozenEmbedding
 from softprompt_dist.backbone.engine import BlockSizes, engine_config
@@ -22,6 +23,7 @@ from softprompt_dist.backbone.formats import Int8Rows, PlainRows, RowFormat
 from softprompt_dist.backbone.inventory import Inventory
 from softprompt_dist.backbone.layers import FrozenLinear
 from softprompt_dist.backbone.replacements import replace_gated_feed_forwards, replace_norms
+from softprompt_dist.backbone.seq2seq import Seq2SeqBackbone
 from softprompt_dist.config import BackboneConfig
 from softprompt_dist.parallel import ranks
 

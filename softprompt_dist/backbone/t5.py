@@ -10,6 +10,8 @@ once per layer (bit-identical), and activations and norms are single operations.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,158 +20,11 @@ from torch import Tensor, nn
 from transformers import T5Config
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from softprompt_dist.backbone.layers import activate, activate_gated
+from softprompt_dist.backbone.keys_values import LayerMemory
+from softprompt_dist.backbone.t5_layers import DecoderBlock, EncoderBlock, dropout, norm
 
 _MASK_ALIGNMENT = 8
 """CUDA's memory-efficient attention copies a mask whose rows do not start at such a multiple."""
-
-
-class Attention(nn.Module):
-    """Attention without biases or scaling; T5 folds the scale into its weights."""
-
-    def __init__(self, config: T5Config, *, has_relative_bias: bool = False) -> None:
-        super().__init__()
-        width = config.num_heads * config.d_kv
-        self.q = nn.Linear(config.d_model, width, bias=False)
-        self.k = nn.Linear(config.d_model, width, bias=False)
-        self.v = nn.Linear(config.d_model, width, bias=False)
-        self.o = nn.Linear(width, config.d_model, bias=False)
-        self.num_heads = config.num_heads
-        self.dropout = config.dropout_rate
-        if has_relative_bias:
-            buckets = config.relative_attention_num_buckets
-            self.relative_attention_bias = nn.Embedding(buckets, config.num_heads)
-
-    def forward(self, queries_BQD: Tensor, keys_BKD: Tensor, bias_BHQK: Tensor | None) -> Tensor:
-        """[B, Q, D]; `bias_BHQK` is added to the scores and masks with the lowest number."""
-        attended_BHQE = F.scaled_dot_product_attention(
-            self._heads(self.q(queries_BQD)),
-            self._heads(self.k(keys_BKD)),
-            self._heads(self.v(keys_BKD)),
-            attn_mask=bias_BHQK,
-            dropout_p=self.dropout if self.training else 0.0,
-            scale=1.0,
-        )
-        output_BQD: Tensor = self.o(attended_BHQE.transpose(1, 2).flatten(2))
-        return output_BQD
-
-    def _heads(self, states: Tensor) -> Tensor:
-        return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-
-
-def _dropout(hidden: Tensor, rate: float, training: bool) -> Tensor:
-    return F.dropout(hidden, rate) if training and rate else hidden
-
-
-def _norm(config: T5Config) -> nn.Module:
-    return nn.RMSNorm(config.d_model, eps=config.layer_norm_epsilon)
-
-
-class SelfAttentionLayer(nn.Module):
-    """norm, attention, residual."""
-
-    def __init__(self, config: T5Config, *, has_relative_bias: bool) -> None:
-        super().__init__()
-        self.SelfAttention = Attention(config, has_relative_bias=has_relative_bias)
-        self.layer_norm = _norm(config)
-        self.dropout = config.dropout_rate
-
-    def forward(self, hidden_BSD: Tensor, bias_BHSS: Tensor) -> Tensor:
-        """[B, S, D]."""
-        normed_BSD = self.layer_norm(hidden_BSD)
-        attended_BSD = self.SelfAttention(normed_BSD, normed_BSD, bias_BHSS)
-        return hidden_BSD + _dropout(attended_BSD, self.dropout, self.training)
-
-
-class CrossAttentionLayer(nn.Module):
-    """norm, attention to the encoder's output, residual."""
-
-    def __init__(self, config: T5Config) -> None:
-        super().__init__()
-        self.EncDecAttention = Attention(config)
-        self.layer_norm = _norm(config)
-        self.dropout = config.dropout_rate
-
-    def forward(self, hidden_BTD: Tensor, encoded_BSD: Tensor, mask_B11S: Tensor | None) -> Tensor:
-        """[B, T, D]."""
-        attended_BTD = self.EncDecAttention(self.layer_norm(hidden_BTD), encoded_BSD, mask_B11S)
-        return hidden_BTD + _dropout(attended_BTD, self.dropout, self.training)
-
-
-class FeedForward(nn.Module):
-    """Two or (gated) three matrices."""
-
-    wi: nn.Linear
-    wi_0: nn.Linear
-    wi_1: nn.Linear
-
-    def __init__(self, config: T5Config) -> None:
-        super().__init__()
-        self.activation = config.dense_act_fn
-        self.gated = config.is_gated_act
-        self.dropout = config.dropout_rate
-        for name in ("wi_0", "wi_1") if self.gated else ("wi",):
-            setattr(self, name, nn.Linear(config.d_model, config.d_ff, bias=False))
-        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
-
-    def forward(self, hidden_BSD: Tensor) -> Tensor:
-        """[B, S, D]."""
-        if self.gated:
-            inner = activate_gated(self.activation, self.wi_0(hidden_BSD), self.wi_1(hidden_BSD))
-        else:
-            inner = activate(self.activation, self.wi(hidden_BSD))
-        output_BSD: Tensor = self.wo(_dropout(inner, self.dropout, self.training))
-        return output_BSD
-
-
-class FeedForwardLayer(nn.Module):
-    """norm, feed-forward, residual."""
-
-    def __init__(self, config: T5Config) -> None:
-        super().__init__()
-        self.DenseReluDense = FeedForward(config)
-        self.layer_norm = _norm(config)
-        self.dropout = config.dropout_rate
-
-    def forward(self, hidden_BSD: Tensor) -> Tensor:
-        """[B, S, D]."""
-        forwarded_BSD = self.DenseReluDense(self.layer_norm(hidden_BSD))
-        return hidden_BSD + _dropout(forwarded_BSD, self.dropout, self.training)
-
-
-class EncoderBlock(nn.Module):
-    """One layer of the encoder."""
-
-    def __init__(self, config: T5Config, *, has_relative_bias: bool) -> None:
-        super().__init__()
-        attention = SelfAttentionLayer(config, has_relative_bias=has_relative_bias)
-        self.layer = nn.ModuleList([attention, FeedForwardLayer(config)])
-
-    def forward(self, hidden_BSD: Tensor, bias_BHSS: Tensor) -> Tensor:
-        """[B, S, D]."""
-        attention, feed_forward = self.layer
-        hidden_BSD = attention(hidden_BSD, bias_BHSS)
-        output_BSD: Tensor = feed_forward(hidden_BSD)
-        return output_BSD
-
-
-class DecoderBlock(nn.Module):
-    """One layer of the decoder."""
-
-    def __init__(self, config: T5Config, *, has_relative_bias: bool) -> None:
-        super().__init__()
-        attention = SelfAttentionLayer(config, has_relative_bias=has_relative_bias)
-        layers = [attention, CrossAttentionLayer(config), FeedForwardLayer(config)]
-        self.layer = nn.ModuleList(layers)
-
-    def forward(
-        self, hidden_BTD: Tensor, encoded_BSD: Tensor, bias_1HTT: Tensor, mask_B11S: Tensor | None
-    ) -> Tensor:
-        """[B, T, D]."""
-        attention, cross_attention, feed_forward = self.layer
-        hidden_BTD = attention(hidden_BTD, bias_1HTT)
-        output_BTD: Tensor = feed_forward(cross_attention(hidden_BTD, encoded_BSD, mask_B11S))
-        return output_BTD
 
 
 class Stack(nn.Module):
@@ -182,7 +37,7 @@ class Stack(nn.Module):
         # Only the first layer holds the bias; all layers of the stack use it.
         blocks = [kind(config, has_relative_bias=index == 0) for index in range(num_layers)]
         self.block = nn.ModuleList(blocks)
-        self.final_layer_norm = _norm(config)
+        self.final_layer_norm = norm(config)
         self.is_decoder = is_decoder
         self.dropout = config.dropout_rate
         self._max_distance = config.relative_attention_max_distance
@@ -190,13 +45,19 @@ class Stack(nn.Module):
         bias = blocks[0].get_submodule("layer.0.SelfAttention.relative_attention_bias")
         self._shared: dict[str, Any] = {"bias": bias}
 
-    def forward(self, hidden_BSD: Tensor, *shared: Tensor | None) -> Tensor:
-        """[B, S, D]; `shared` is given to every block."""
-        hidden_BSD = _dropout(hidden_BSD, self.dropout, self.training)
-        for block in self.block:
-            hidden_BSD = block(hidden_BSD, *shared)
+    def forward(
+        self,
+        hidden_BSD: Tensor,
+        *shared: Tensor | None,
+        memory: Sequence[LayerMemory] | None = None,
+    ) -> Tensor:
+        """[B, S, D]; `shared` is given to every block, and of `memory` its own part."""
+        hidden_BSD = dropout(hidden_BSD, self.dropout, self.training)
+        for index, block in enumerate(self.block):
+            own = {} if memory is None else {"memory": memory[index]}
+            hidden_BSD = block(hidden_BSD, *shared, **own)
         normed_BSD = self.final_layer_norm(hidden_BSD)
-        return _dropout(normed_BSD, self.dropout, self.training)
+        return dropout(normed_BSD, self.dropout, self.training)
 
     def position_bias(self, length: int) -> Tensor:
         """bias_1HSS of relative positions, for all layers; a decoder sees nothing that follows."""
@@ -215,6 +76,14 @@ class Stack(nn.Module):
         return bias_1HSS
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """The encoder's output, and the mask of its padding where there is any (true at tokens)."""
+
+    states_BSD: Tensor
+    mask_B11S: Tensor | None
+
+
 class T5(nn.Module):
     """T5 v1.0 and v1.1, from embeddings to logits."""
 
@@ -229,19 +98,62 @@ class T5(nn.Module):
 
     def forward(self, embeds_BSD: Tensor, mask_BS: Tensor, decoder_embeds_BTD: Tensor) -> Tensor:
         """logits_BTV given embedded input, its mask (1 at tokens) and embedded decoder input."""
+        return self.decode(self.encode(embeds_BSD, mask_BS), decoder_embeds_BTD)
+
+    def encode(self, embeds_BSD: Tensor, mask_BS: Tensor) -> Encoded:
+        """What the decoder looks at, given embedded input and its mask (1 at tokens)."""
         padded = not bool(mask_BS.all())
         bias_BHSS = self.encoder.position_bias(embeds_BSD.shape[1])
         mask_B11S = mask_BS[:, None, None, :].bool() if padded else None
         if mask_B11S is not None:
             lowest = torch.finfo(bias_BHSS.dtype).min
             bias_BHSS = torch.where(mask_B11S, bias_BHSS, lowest)
-        encoded_BSD = self.encoder(embeds_BSD, _aligned(bias_BHSS))
-        bias_1HTT = self.decoder.position_bias(decoder_embeds_BTD.shape[1])
-        decoded_BTD = self.decoder(decoder_embeds_BTD, encoded_BSD, _aligned(bias_1HTT), mask_B11S)
+        return Encoded(self.encoder(embeds_BSD, _aligned(bias_BHSS)), mask_B11S)
+
+    def decode(self, encoded: Encoded, decoder_embeds_BTD: Tensor, num_answers: int = 1) -> Tensor:
+        """logits_BTV of embedded decoder input.
+
+        T holds `num_answers` answers of equal length one behind the other, which do not see each
+        other: the encoder's keys and values are computed once for all of them.
+        """
+        bias_1HTT = self.decoder.position_bias(decoder_embeds_BTD.shape[1] // num_answers)
+        if num_answers > 1:
+            bias_1HTT = _side_by_side(bias_1HTT, num_answers)
+        return self._decoded(encoded, decoder_embeds_BTD, bias_1HTT)
+
+    def extend(
+        self, encoded: Encoded, decoder_embeds_B1D: Tensor, memory: Sequence[LayerMemory]
+    ) -> Tensor:
+        """logits_B1V of the next decoder position; `memory` holds those before, and grows."""
+        held = memory[0].attended.held
+        position = 0 if held is None else held[0].shape[2]
+        bias_1H1T = self.decoder.position_bias(position + 1)[:, :, -1:]
+        return self._decoded(encoded, decoder_embeds_B1D, bias_1H1T, memory)
+
+    def _decoded(
+        self,
+        encoded: Encoded,
+        embeds_BTD: Tensor,
+        bias_1HTK: Tensor,
+        memory: Sequence[LayerMemory] | None = None,
+    ) -> Tensor:
+        shared = (encoded.states_BSD, _aligned(bias_1HTK), encoded.mask_B11S)
+        decoded_BTD = self.decoder(embeds_BTD, *shared, memory=memory)
         if self.scales_output:
             decoded_BTD = decoded_BTD * self.config.d_model**-0.5
         logits_BTV: Tensor = self.lm_head(decoded_BTD)
         return logits_BTV
+
+
+def _side_by_side(bias_1HTT: Tensor, count: int) -> Tensor:
+    """The bias of `count` answers that do not see each other."""
+    length = bias_1HTT.shape[-1]
+    lowest = torch.finfo(bias_1HTT.dtype).min
+    bias = bias_1HTT.new_full((*bias_1HTT.shape[:2], count * length, count * length), lowest)
+    for start in range(0, count * length, length):
+        own = slice(start, start + length)
+        bias[:, :, own, own] = bias_1HTT
+    return bias
 
 
 def _aligned(bias_BHQK: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from softprompt_dist.backbone.base import Identity, Seq2SeqBackbone
+from softprompt_dist.backbone.base import Identity
+from softprompt_dist.backbone.seq2seq import Seq2SeqBackbone
 from softprompt_dist.data.batching import TokenBatch
 from softprompt_dist.prompt.module import SoftPrompt
 
