@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from softprompt_dist.errors import DataError
 from softprompt_dist.metrics.answer import Answer
 from softprompt_dist.metrics.bootstrap import group_indices, percentile_interval, resampled_values
-from softprompt_dist.metrics.metric import Floats, Metric, fact
+from softprompt_dist.metrics.metric import Floats, Metric, Weighted, fact
 from softprompt_dist.metrics.registry import find_metrics
 
 Interval = tuple[float, float]
@@ -40,6 +40,21 @@ class Scores:
         return sum(self.invalid.values())
 
 
+@dataclass(frozen=True)
+class Difference:
+    """How far two scores on the same rows are apart, in points (differences of percent)."""
+
+    points: float
+    interval: Interval
+    """95 % interval of a paired bootstrap."""
+
+    @property
+    def may_be_chance(self) -> bool:
+        """Whether the interval holds 0."""
+        low, high = self.interval
+        return low <= 0.0 <= high
+
+
 def measure(
     names: Sequence[str],
     answers: Sequence[Answer],
@@ -62,23 +77,69 @@ def measure(
         DataError: there are no answers, a target is no label, or a fact is missing.
     """
     metrics = find_metrics(names, labels)
-    if not answers:
-        raise DataError("There are no answers to score. Choose a split that has rows.")
-    prepared = [metric.prepare(answers, labels) for metric in metrics]
-
-    def weighted(weights_RA: Floats) -> dict[str, Floats]:
-        return {name: v for values in prepared for name, v in values(weights_RA).items()}
-
-    once = weighted(np.ones((1, len(answers))))
-    values = {name: float(value[0]) for name, value in once.items()}
+    weighted = _weighted(metrics, answers, labels)
+    values = _counted_once(weighted, len(answers))
     intervals, score_interval = {}, None
     if num_resamples > 0:
         resampled = resampled_values(weighted, _groups(metrics, answers), num_resamples, seed)
         intervals = {name: percentile_interval(values_R) for name, values_R in resampled.items()}
-        score_interval = percentile_interval(np.mean(list(resampled.values()), axis=0))
+        score_interval = percentile_interval(_mean(resampled))
     score = sum(values.values()) / len(values)
     invalid = _invalid(metrics, answers, labels)
     return Scores(values, intervals, score, score_interval, len(answers), invalid)
+
+
+def compare(
+    names: Sequence[str],
+    answers: Sequence[Answer],
+    others: Sequence[Answer],
+    labels: Sequence[str] = (),
+    *,
+    num_resamples: int = 1000,
+) -> Difference:
+    """By how much the score of `answers` is above that of `others` to the same rows.
+
+    Both are scored on the same resamples, so that rows that are hard for both cancel out.
+
+    Raises:
+        ValueError: they do not answer the same rows.
+        SoftpromptError: see `measure`.
+    """
+    if [answer.target for answer in answers] != [other.target for other in others]:
+        raise ValueError("Only answers to the same rows can be compared.")
+    metrics = find_metrics(names, labels)
+    ours, theirs = (_weighted(metrics, each, labels) for each in (answers, others))
+
+    def difference(weights_RA: Floats) -> dict[str, Floats]:
+        return {"points": _mean(ours(weights_RA)) - _mean(theirs(weights_RA))}
+
+    groups = _groups(metrics, answers)
+    resampled = resampled_values(difference, groups, num_resamples, seed=0)["points"]
+    points = _counted_once(difference, len(answers))["points"]
+    return Difference(points, percentile_interval(resampled))
+
+
+def _weighted(
+    metrics: Sequence[Metric], answers: Sequence[Answer], labels: Sequence[str]
+) -> Weighted:
+    """All values of the metrics as one function of weights."""
+    if not answers:
+        raise DataError("There are no answers to score. Choose a split that has rows.")
+    prepared = [metric.prepare(answers, labels) for metric in metrics]
+
+    def values(weights_RA: Floats) -> dict[str, Floats]:
+        return {name: v for each in prepared for name, v in each(weights_RA).items()}
+
+    return values
+
+
+def _counted_once(weighted: Weighted, num_answers: int) -> dict[str, float]:
+    return {name: float(v[0]) for name, v in weighted(np.ones((1, num_answers))).items()}
+
+
+def _mean(values: Mapping[str, Floats]) -> Floats:
+    mean: Floats = np.mean(list(values.values()), axis=0)
+    return mean
 
 
 def _groups(metrics: Sequence[Metric], answers: Sequence[Answer]) -> NDArray[np.int64]:
