@@ -10,8 +10,22 @@ from softprompt_dist.data.examples import Example
 
 Row = Mapping[str, Any]
 ToExamples = Callable[[Row, bool], Iterator[Example]]
-"""(row, for_training) -> the row's taskless examples, their ids left empty. A row without a label
-gives the target `<unk>` (T5). Raises ValueError or KeyError where the row is not as it must be."""
+"""(row, for_training) -> the row's taskless examples, their ids left empty. One row may give
+several (MultiRC, ReCoRD) or none (another set's of MRQA; in training, WSC's wrong referents). A row
+without a label gives the target `<unk>` (T5). Raises ValueError where the row is not as it must be.
+"""
+
+UNLABELLED = "<unk>"
+"""T5's target of a row without a label."""
+
+
+def is_labelled(example: Example) -> bool:
+    """Whether the example's target is known, so that it can train a prompt or be scored.
+
+    Two of T5's tasks write another target than `<unk>` where the label is missing: WSC the referent
+    that is asked about, STS-B the number -1.0; they have a `label` of -1 among their facts.
+    """
+    return example.target_text != UNLABELLED and example.facts.get("label") != -1
 
 
 @dataclass(frozen=True)
