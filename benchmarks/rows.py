@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from softprompt_dist.data.sources import read_file
+from softprompt_dist.data.rows import read_file
 from softprompt_dist.data.vader import vader_rows
 
 LABELS = {"positive": "positive", "negative": "negative", "true": "true", "false": "false"}

@@ -12,9 +12,13 @@ if TYPE_CHECKING:
 
 
 def majority_class(task: TaskData, split_examples: Sequence[Example]) -> list[str]:
-    """The most frequent target of `task.train` for every example; ties go to the earlier label."""
+    """The most frequent target of `task.train` for every example; ties go to the earlier label.
+
+    Of free text, to the text that comes first in train.
+    """
     counts = Counter(example.target_text for example in task.train)
-    return [max(task.labels, key=lambda label: counts[label])] * len(split_examples)
+    candidates = task.labels or tuple(counts)
+    return [max(candidates, key=lambda label: counts[label])] * len(split_examples)
 
 
 def naive_bayes(task: TaskData, split_examples: Sequence[Example]) -> list[str]:

@@ -1,167 +1,190 @@
-"""Rows of text from files, from the hub, or from the demo's package."""
+"""Where the rows of each split are: files, the hub, the official SuperGLUE zips, or PyPI."""
 
 from __future__ import annotations
 
-import csv
-import difflib
-import gzip
-import json
-import zlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from softprompt_dist.data.vader import VADER_TASKS, vader_rows
+from softprompt_dist.data.catalogue.definition import CatalogueTask
+from softprompt_dist.data.rows import (
+    NumberedRow,
+    Place,
+    Row,
+    nearest,
+    opener,
+    sha256_of,
+    stream_member,
+    stream_rows,
+)
+from softprompt_dist.data.superglue_files import superglue_files
+from softprompt_dist.data.vader import VADER_TASKS, vader_rows, vader_sha256
 from softprompt_dist.errors import DataError
 from softprompt_dist.task_config import SourceConfig
 
-Row = dict[str, Any]
 SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows of one split and where they come from, for messages; row numbers count from 1."""
+class SplitSource:
+    """The rows of one split, which are read when they are asked for."""
 
     origin: str
-    rows: list[Row]
+    """For messages and records."""
+    stream: Callable[[], Iterator[NumberedRow]]
+    sha256: Callable[[], str | None] = lambda: None
+    """Of the file, in hex."""
+    expected_sha256: str | None = None
+    """What it must be, if not anything."""
+    revision: str | None = None
+    fingerprint: str | None = None
+    """The hub client's, of what it loaded."""
 
 
-def read_splits(config: SourceConfig) -> dict[str, Rows]:
-    """The splits the source gives: always `train`, perhaps `validation` and `test`.
+def open_splits(config: SourceConfig, task: CatalogueTask | None) -> dict[str, SplitSource]:
+    """The splits that the source has, unread; `task` fills in what `config` leaves open.
 
     Raises:
-        DataError: something is missing, misnamed or unreadable.
+        DataError: something is missing or misnamed.
     """
-    return _READERS[config.kind](config)
+    if config.sha256 and config.kind in ("hub", "vader"):
+        instead = "task.source.revision fixes" if config.kind == "hub" else "the package fixes"
+        raise DataError(
+            f"task.source.sha256 is given, but kind is {config.kind}, which has no files of its "
+            f"own; {instead} what is read. Remove it."
+        )
+    sources = _OPENERS[config.kind](config, task)
+    if needless := [split for split in config.sha256 if split not in sources]:
+        raise DataError(
+            f"task.source.sha256.{needless[0]} is given, but the source has no file for "
+            f"{needless[0]}. Name it in task.source.{needless[0]}, or remove the checksum."
+        )
+    for split, sha256 in config.sha256.items():
+        sources[split] = replace(sources[split], expected_sha256=sha256)
+    return sources
 
 
-def read_file(path: Path) -> Rows:
-    """All rows of a .jsonl, .csv (with a header row) or .parquet file, the first two also .gz.
-
-    Raises:
-        DataError: the file is missing, of another kind, not UTF-8, or malformed (line named).
-    """
-    if not path.is_file():
-        raise DataError(_missing_file(path))
-    reader = _FORMATS.get(Path(path.name.removesuffix(".gz")).suffix)
-    if reader is None:
-        raise DataError(f"{path} must end in {', '.join(_FORMATS)} (the first two also .gz).")
-    try:
-        return Rows(path.name, reader(path))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} must be UTF-8: {error}. Convert it, e.g. with iconv.") from error
-    except (OSError, EOFError, zlib.error, csv.Error, ValueError) as error:
-        raise DataError(f"Cannot read {path}: {error}. Check that the file is whole.") from error
+def _open_files(config: SourceConfig, task: CatalogueTask | None) -> dict[str, SplitSource]:
+    paths = {split: Path(name) for split in SPLITS if (name := getattr(config, split))}
+    return {
+        split: SplitSource(
+            path.name,
+            partial(stream_rows, path),
+            partial(sha256_of, opener(path), str(path)),
+        )
+        for split, path in paths.items()
+    }
 
 
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """` Did you mean ...?` with the valid name closest to `name`, or nothing."""
-    close = difflib.get_close_matches(name, list(valid), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
+def _open_superglue(config: SourceConfig, task: CatalogueTask | None) -> dict[str, SplitSource]:
+    if task is None or task.folder is None:
+        raise DataError(
+            f"task.source.kind is superglue, but {task.name if task else 'a task of your own'} is "
+            f"no task of SuperGLUE. Set task.catalogue to one, such as boolq, or name the files "
+            f"with kind files."
+        )
+    path = Path(_require(config.path, "path", "combined.zip, a task's zip, or their folder"))
+    named = {split: getattr(config, split) for split in SPLITS}
+    return {
+        split: SplitSource(
+            origin, partial(stream_member, opens, origin), partial(sha256_of, opens, origin)
+        )
+        for split, (origin, opens) in superglue_files(path, task.folder, named).items()
+    }
 
 
-def _read_files(config: SourceConfig) -> dict[str, Rows]:
-    _require(config.train, "train", "a path such as data/train.jsonl")
-    names = {split: getattr(config, split) for split in SPLITS}
-    return {split: read_file(Path(name)) for split, name in names.items() if name}
-
-
-def _read_vader(config: SourceConfig) -> dict[str, Rows]:
+def _open_vader(config: SourceConfig, task: CatalogueTask | None) -> dict[str, SplitSource]:
     for split in SPLITS:
         if getattr(config, split):
             raise DataError(
                 f"task.source.{split} is {getattr(config, split)!r}, but the vader source has "
                 f"splits of its own (by hash of the text). Remove it."
             )
-    if config.name not in VADER_TASKS:
+    name = config.name
+    if name not in VADER_TASKS:
+        *others, last = VADER_TASKS
         raise DataError(
-            f"task.source.name is {config.name!r}; the vader source has "
-            f"{' and '.join(VADER_TASKS)}."
+            f"task.source.name is {name!r}; the vader source has {', '.join(others)} and {last}."
         )
-    return {"train": Rows(f"vader {config.name}", vader_rows(config.name))}
+    origin = f"vader {name}"
+    return {"train": SplitSource(origin, lambda: _numbered(origin, vader_rows(name)), vader_sha256)}
 
 
-def _read_hub(config: SourceConfig) -> dict[str, Rows]:
-    import datasets
-
-    name = _require(config.name, "name", "a data set's name such as google/boolq")
-    wanted = {s: getattr(config, s) for s in SPLITS if getattr(config, s)} or {"train": "train"}
-    _require(wanted.get("train"), "train", "a split's name such as train")
-    showing_progress = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        found = datasets.load_dataset(name, config.subset, revision=config.revision)
-    except Exception as error:  # the hub's client raises kinds of its own and of its libraries
-        raise DataError(
-            f"Cannot load data set {name!r} (subset {config.subset!r}, revision "
-            f"{config.revision!r}): {error} Check the names, and that the hub can be reached."
-        ) from error
-    finally:
-        if showing_progress:
-            datasets.enable_progress_bars()
+def _open_hub(config: SourceConfig, task: CatalogueTask | None) -> dict[str, SplitSource]:
+    name, subset, revision, wanted = _hub_names(config, task)
+    found = _load_from_hub(name, subset, revision)
     for split in wanted.values():
         if split not in found:
             raise DataError(
                 f"Data set {name} has no split {split!r}.{nearest(split, found)} "
                 f"Its splits: {', '.join(found)}."
             )
-    return {split: Rows(f"{name} {hub}", found[hub].to_list()) for split, hub in wanted.items()}
+    return {
+        split: SplitSource(
+            f"{name} {hub}",
+            partial(_hub_rows, f"{name} {hub}", found[hub]),
+            revision=revision or _commit(found[hub]),
+            fingerprint=getattr(found[hub], "_fingerprint", None),
+        )
+        for split, hub in wanted.items()
+    }
 
 
-_READERS: dict[str, Callable[[SourceConfig], dict[str, Rows]]] = {
-    "files": _read_files,
-    "hub": _read_hub,
-    "vader": _read_vader,
-}
+def _hub_names(
+    config: SourceConfig, task: CatalogueTask | None
+) -> tuple[str, str | None, str | None, dict[str, str]]:
+    """Name, subset, revision and the hub's name of each split, the catalogue's where open.
+
+    Its subset and revision are those of its data set, so they do not go with another name. A split
+    that is named for one use is not taken for a second one.
+    """
+    given = {split: name for split in SPLITS if (name := getattr(config, split))}
+    if task is None:
+        name = _require(config.name, "name", "a data set's name such as google/boolq")
+        return name, config.subset, config.revision, given or {"train": "train"}
+    hub = task.hub
+    for split in SPLITS:
+        default = getattr(hub, split)
+        if split not in given and default and default not in given.values():
+            given[split] = default
+    if config.name in (None, hub.name):
+        return hub.name, config.subset or hub.subset, config.revision or hub.revision, given
+    return config.name, config.subset, config.revision, given
 
 
-def _read_jsonl(path: Path) -> list[Row]:
-    with _open_text(path) as file:
-        return [_json_row(n, line) for n, line in enumerate(file, 1) if line.strip()]
+def _load_from_hub(name: str, subset: str | None, revision: str | None) -> Any:
+    import datasets
 
-
-def _json_row(number: int, line: str) -> Row:
+    showing_progress = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"line {number} is not JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"line {number} is not a JSON object of fields but {line.strip()[:40]!r}")
-    return row
+        return datasets.load_dataset(name, subset, revision=revision)
+    except Exception as error:  # the hub's client raises kinds of its own and of its libraries
+        raise DataError(
+            f"Cannot load data set {name!r} (subset {subset!r}, revision {revision!r}): {error} "
+            f"Check the names, and that the hub can be reached."
+        ) from error
+    finally:
+        if showing_progress:
+            datasets.enable_progress_bars()
 
 
-def _read_csv(path: Path) -> list[Row]:
-    with _open_text(path) as file:
-        reader = csv.DictReader(file, strict=True)
-        return [_csv_row(reader.line_num, row) for row in reader]
+def _hub_rows(origin: str, loaded: Any) -> Iterator[NumberedRow]:
+    return _numbered(origin, loaded.to_list())
 
 
-def _csv_row(line: int, row: dict[str | Any, Any]) -> Row:
-    if None in row or None in row.values():
-        raise ValueError(f"line {line} has not as many columns as the header")
-    return row
+def _commit(loaded: Any) -> str | None:
+    """The commit in the addresses of the files that were loaded, if they have one."""
+    addresses = " ".join(map(str, getattr(loaded.info, "download_checksums", None) or ()))
+    found = re.search(r"@([0-9a-f]{40})/", addresses)
+    return found[1] if found else None
 
 
-def _read_parquet(path: Path) -> list[Row]:
-    from pyarrow import parquet
-
-    rows: list[Row] = parquet.read_table(path).to_pylist()
-    return rows
-
-
-_FORMATS: dict[str, Callable[[Path], list[Row]]] = {
-    ".jsonl": _read_jsonl,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}
-
-
-def _open_text(path: Path) -> TextIO:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-    return path.open(encoding="utf-8-sig", newline="")
+def _numbered(origin: str, rows: Iterable[Row]) -> Iterator[NumberedRow]:
+    return (NumberedRow(Place(origin, number), row) for number, row in enumerate(rows, 1))
 
 
 def _require(value: str | None, key: str, example: str) -> str:
@@ -170,8 +193,9 @@ def _require(value: str | None, key: str, example: str) -> str:
     return value
 
 
-def _missing_file(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f"File {path} does not exist, nor does its folder. Paths start at {Path.cwd()}."
-    names = [entry.name for entry in path.parent.iterdir()]
-    return f"File {path} does not exist.{nearest(path.name, names)} Paths start at {Path.cwd()}."
+_OPENERS: dict[str, Callable[[SourceConfig, CatalogueTask | None], dict[str, SplitSource]]] = {
+    "files": _open_files,
+    "hub": _open_hub,
+    "vader": _open_vader,
+    "superglue": _open_superglue,
+}

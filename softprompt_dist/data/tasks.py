@@ -1,167 +1,205 @@
-"""A task: rows of a source become pairs of input and target text, in three splits."""
+"""A task: rows of a source become pairs of input and target text, in splits."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import string
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
+from softprompt_dist.data.catalogue.definition import CatalogueTask
+from softprompt_dist.data.catalogue.registry import find_task
 from softprompt_dist.data.examples import Example
-from softprompt_dist.data.sources import SPLITS, Row, Rows, nearest, read_splits
+from softprompt_dist.data.named_task import NamedTask
+from softprompt_dist.data.own_task import own_task
+from softprompt_dist.data.reading import TaskReader
+from softprompt_dist.data.rows import Place, Row
+from softprompt_dist.data.sources import SPLITS, SplitSource, open_splits
+from softprompt_dist.data.split_reading import (
+    HASH_BUCKETS,
+    SplitContents,
+    check_rows,
+    hash_split,
+    read_split,
+)
 from softprompt_dist.errors import DataError
 from softprompt_dist.task_config import TaskConfig
 
-_NUM_BUCKETS = 10
-_HASH_BUCKETS = {"test": 0, "validation": 1}
+__all__ = ["SplitRecord", "TaskData", "hash_split", "load_task", "to_example_inputs"]
+
+_WHAT_TRAIN_IS = {
+    "files": "a path such as data/train.jsonl",
+    "hub": "a split's name such as train",
+    "superglue": "a file of the task such as train.jsonl, which is not there",
+}
+
+
+@dataclass(frozen=True)
+class SplitRecord:
+    """Where a split's examples come from, for the run's records."""
+
+    origin: str
+    num_rows: int
+    """In the origin, bad ones too."""
+    num_examples: int
+    num_bad: int = 0
+    """Rows of the origin that were left out."""
+    bad: tuple[str, ...] = ()
+    """What is wrong with the first of them."""
+    sha256: str | None = None
+    """Of the origin's file, in hex."""
+    revision: str | None = None
+    """On the hub."""
+    fingerprint: str | None = None
+    """The hub client's, of what it loaded."""
 
 
 @dataclass(frozen=True)
 class TaskData:
-    """A task's examples; `labels` are the distinct target texts in the recipe's order.
+    """A task's examples in those splits that were asked for.
 
     Each split is ordered by the sha256 of its rows' texts: a source may be sorted by label, and yet
-    the first n of a split are a fair sample. `digests`: for each split the sha256 of its examples.
+    the first n of a split are a fair sample. Which splits are asked for changes
+    none of them.
     """
 
     name: str
-    train: tuple[Example, ...]
-    validation: tuple[Example, ...]
-    test: tuple[Example, ...]
+    splits: Mapping[str, tuple[Example, ...]]
     labels: tuple[str, ...]
-    digests: dict[str, str]
+    """The distinct target texts, in the recipe's or the catalogue's order; none for free text."""
+    metrics: tuple[str, ...]
+    """Names of `softprompt_dist.metrics`; the score is the mean of what they name."""
+    family: str
+    """What kind of answer a prompt for it gives."""
+    digests: Mapping[str, str]
+    """Split -> sha256 of its examples' texts."""
+    records: Mapping[str, SplitRecord] = field(default_factory=dict)
+
+    @property
+    def train(self) -> tuple[Example, ...]:
+        """The examples to tune with."""
+        return self.splits["train"]
+
+    @property
+    def validation(self) -> tuple[Example, ...]:
+        """The examples that choose the best prompt."""
+        return self.splits["validation"]
+
+    @property
+    def test(self) -> tuple[Example, ...]:
+        """The examples that nothing else has seen."""
+        return self.splits["test"]
 
 
-def load_task(config: TaskConfig) -> TaskData:
+def load_task(config: TaskConfig, splits: Sequence[str] = SPLITS) -> TaskData:
     """Read, fill in, check and split; without any collective.
 
+    A split that the source lacks is a tenth of train by hash of the text, and train is without that
+    tenth whether it is asked for or not. Other splits that are not asked for are not read.
+
     Raises:
-        DataError: the source, the template, a row or a label is wrong, or a split has no rows.
+        DataError: the source, the template, rows or labels are wrong, or a split has no rows.
     """
-    fields = _template_fields(config.input_template)
-    if blank := [key for key, target in config.labels.items() if not target.strip()]:
-        raise DataError(f"task.labels.{blank[0]} is blank; the model needs a text to answer.")
-    sources = read_splits(config.source)
-    examples = _split_by_hash({s: _keyed(config, fields, r) for s, r in sources.items()})
+    task = _catalogue_task(config)
+    reader = _reader(config, task)
+    sources = open_splits(config.source, task)
+    read = _read_needed(config, reader, sources, splits)
+    check_rows(read.values(), skip_bad_rows=config.skip_bad_rows)
+    origins = {split: read[split if split in sources else "train"] for split in splits}
+    examples = {split: origins[split].examples(split) for split in splits}
     for split, chosen in examples.items():
         if not chosen:
-            raise DataError(_no_rows(split, sources.get(split, sources["train"])))
-    examples["train"] = examples["train"][: config.max_examples]
+            raise DataError(_no_examples(split, origins[split]))
+    if "train" in examples:
+        examples["train"] = examples["train"][: config.max_examples]
     return TaskData(
         name=config.name,
-        labels=tuple(dict.fromkeys(config.labels.values())),
+        splits=examples,
+        labels=reader.labels,
+        metrics=reader.metrics,
+        family=reader.family,
         digests={split: _digest(chosen) for split, chosen in examples.items()},
-        **examples,
+        records={split: _record(origins[split], len(examples[split])) for split in splits},
     )
 
 
-def hash_split(text: str, absent: Sequence[str] = ("test", "validation")) -> str:
-    """The split of a row whose source lacks the splits `absent`, from the row's text alone.
+def to_example_inputs(config: TaskConfig) -> Callable[[Row, Place], list[Example]]:
+    """What makes examples of one row that may lack its label, in the same way as `load_task`.
 
-    Bucket = first 32 bits of the sha256 of the UTF-8 text, modulo 10: 0 is test, 1 validation, the
-    rest train. Equal texts share a split, whatever the order, the template or the rest of the data.
+    It raises DataError, with the row's place, where the row cannot be used.
+
+    Raises:
+        DataError: the template or the label map is wrong.
     """
-    bucket = int(_sha256(text)[:8], 16) % _NUM_BUCKETS
-    return next((split for split in absent if _HASH_BUCKETS[split] == bucket), "train")
+    return _reader(config, _catalogue_task(config)).read_input
 
 
-@dataclass(frozen=True)
-class _Keyed:
-    """An example and the text that decides its split."""
-
-    example: Example
-    split_text: str
+def _catalogue_task(config: TaskConfig) -> CatalogueTask | None:
+    return None if config.catalogue is None else find_task(config.catalogue)
 
 
-def _split_by_hash(given: dict[str, list[_Keyed]]) -> dict[str, tuple[Example, ...]]:
-    """The three splits, ordered by hash; those that are not given are taken out of train."""
-    absent = [split for split in _HASH_BUCKETS if split not in given]
-    splits: dict[str, list[Example]] = {split: [] for split in SPLITS}
-    for split, rows in given.items():
-        for row in sorted(rows, key=lambda row: _sha256(row.split_text)):
-            chosen = hash_split(row.split_text, absent) if split == "train" else split
-            splits[chosen].append(row.example)
-    return {split: tuple(examples) for split, examples in splits.items()}
+def _reader(config: TaskConfig, task: CatalogueTask | None) -> TaskReader:
+    return own_task(config) if task is None else NamedTask(task, config.prefixed)
 
 
-def _template_fields(template: str) -> list[str]:
-    try:
-        parsed = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise DataError(
-            f"task.input_template {template!r} is malformed: {error}. Write a field's name in "
-            f"braces; a brace itself is doubled."
-        ) from error
-    fields = [field for _, field, _, _ in parsed if field is not None]
-    plain = all(not spec and conversion is None for _, _, spec, conversion in parsed)
-    if not fields or "" in fields or not plain:
-        raise DataError(
-            f"task.input_template {template!r} must have fields such as {{text}}: a row's field "
-            f"name in braces and nothing else."
+def _read_needed(
+    config: TaskConfig,
+    reader: TaskReader,
+    sources: Mapping[str, SplitSource],
+    asked: Sequence[str],
+) -> dict[str, SplitContents]:
+    absent = [split for split in HASH_BUCKETS if split not in sources]
+    from_train = [split for split in asked if split in absent]
+    needed = [split for split in SPLITS if split in asked and split not in absent]
+    if from_train and "train" not in needed:
+        needed.insert(0, "train")
+    if "train" in needed and "train" not in sources:
+        raise DataError(_no_train(config, from_train))
+    return {
+        split: read_split(
+            split,
+            sources[split],
+            reader,
+            absent=absent,
+            asked=asked,
         )
-    return list(dict.fromkeys(fields))
+        for split in needed
+    }
 
 
-def _keyed(config: TaskConfig, fields: Sequence[str], rows: Rows) -> list[_Keyed]:
-    numbered = enumerate(rows.rows, 1)
-    return [_keyed_row(config, fields, f"Row {n} of {rows.origin}", row) for n, row in numbered]
+def _no_train(config: TaskConfig, from_train: Sequence[str]) -> str:
+    why = f" {from_train[0]} is taken from it unless it is given." if from_train else ""
+    what = _WHAT_TRAIN_IS[config.source.kind]
+    return f"task.source.train is not given; it must be {what}.{why}"
 
 
-def _keyed_row(config: TaskConfig, fields: Sequence[str], where: str, row: Row) -> _Keyed:
-    values = {field: _as_text(_field(row, field, where)) for field in fields}
-    if not any(value.strip() for value in values.values()):
-        raise DataError(
-            f"{where} has an empty text ({', '.join(fields)}); every row needs one. Remove the row."
-        )
-    label = _as_text(_field(row, config.label_field, where))
-    if label not in config.labels:
-        raise DataError(
-            f"{where} has the {config.label_field} {label!r}, which is not in task.labels: "
-            f"{', '.join(config.labels)}.{nearest(label, config.labels)} "
-            f"Correct the row or add the label."
-        )
-    # The values, not the filled template: rewording a template must not move rows between splits.
-    split_text = "\n".join(values[field] for field in sorted(fields))
-    _check_unicode(split_text, where)
-    return _Keyed(Example(_fill(config.input_template, values), config.labels[label]), split_text)
+def _no_examples(split: str, contents: SplitContents) -> str:
+    message = (
+        f"Split {split!r} has no rows: {contents.source.origin} has "
+        f"{contents.num_rows - contents.num_bad}"
+    )
+    if split == contents.split and split != "train":
+        return f"{message} for this task. Give other rows in task.source.{split}."
+    if split == "train":
+        return f"{message}, and training needs at least 1 that is in no other split."
+    return (
+        f"{message}, of which the hash of the text gives {split} about a tenth. Name rows of its "
+        f"own in task.source.{split}, or add rows."
+    )
 
 
-def _check_unicode(text: str, where: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where} has half a character: {error}. Correct or remove it.") from error
-
-
-def _fill(template: str, values: dict[str, str]) -> str:
-    parts = string.Formatter().parse(template)
-    return "".join(text + (values[field] if field else "") for text, field, _, _ in parts)
-
-
-def _field(row: Row, field: str, where: str) -> object:
-    if field not in row:
-        raise DataError(
-            f"{where} has no field {field!r}.{nearest(field, row)} Its fields: {', '.join(row)}."
-        )
-    if isinstance(row[field], (list, dict)):
-        raise DataError(
-            f"{where}: field {field!r} is a {type(row[field]).__name__}; templates and labels take "
-            f"text, numbers and true/false. Flatten it first."
-        )
-    return row[field]
-
-
-def _as_text(value: object) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return str(value)
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _record(contents: SplitContents, num_examples: int) -> SplitRecord:
+    source = contents.source
+    return SplitRecord(
+        source.origin,
+        contents.num_rows,
+        num_examples,
+        contents.num_bad,
+        tuple(contents.bad),
+        contents.sha256,
+        source.revision,
+        source.fingerprint,
+    )
 
 
 def _digest(examples: Sequence[Example]) -> str:
@@ -169,13 +207,3 @@ def _digest(examples: Sequence[Example]) -> str:
     for example in examples:
         digest.update(json.dumps([example.input_text, example.target_text]).encode() + b"\n")
     return digest.hexdigest()
-
-
-def _no_rows(split: str, rows: Rows) -> str:
-    message = f"Split {split!r} has no rows: {rows.origin} has {len(rows.rows)}"
-    if split == "train":
-        return f"{message}, and training needs at least 1 that is in no other split."
-    return (
-        f"{message}, of which the hash of the text gives {split} about a tenth. Name rows of its "
-        f"own in task.source.{split}, or add rows."
-    )

@@ -23,7 +23,7 @@ _FILES = {
     "nyt": "nytEditorialSnippets_GroundTruth.txt",
     "tweets": "tweets_GroundTruth.txt",
 }
-VADER_TASKS = ("movies", "sources")
+VADER_TASKS = (*_FILES, "sources")
 
 
 def vader_rows(name: str) -> list[dict[str, object]]:
@@ -31,12 +31,17 @@ def vader_rows(name: str) -> list[dict[str, object]]:
     return read_vader(fetch_from_index(_REQUIREMENT, _FILENAME, _SHA256, source=True), name)
 
 
+def vader_sha256() -> str:
+    """Hex sha256 of the package that all rows come from."""
+    return _SHA256
+
+
 def read_vader(archive: Path, name: str) -> list[dict[str, object]]:
     """Rows with the fields text, label, rating and id, out of the source distribution `archive`.
 
-    `movies`: movie-review snippets, label positive or negative by the sign of the mean rating;
-    those rated exactly 0 are left out. `sources`: all snippets, label movies, amazon, nyt or
-    tweets.
+    `movies`, `amazon`, `nyt`, `tweets`: the snippets of one file, label positive or negative by the
+    sign of the mean rating; those rated exactly 0 are left out. `sources`: all snippets, label
+    movies, amazon, nyt or tweets.
 
     Raises:
         DataError: the archive is not the expected one.
@@ -54,7 +59,7 @@ def read_vader(archive: Path, name: str) -> list[dict[str, object]]:
         return [row | {"label": source} for source in _FILES for row in _snippets(texts[source])]
     return [
         row | {"label": "positive" if rating > 0 else "negative"}
-        for row in _snippets(texts["movies"])
+        for row in _snippets(texts[name])
         if (rating := float(str(row["rating"]))) != 0
     ]
 

@@ -62,12 +62,12 @@ def test_a_label_out_of_the_set(
 ) -> None:
     bad = with_rows(tiny_data, tmp_path, [{"text": "we ate a pear", "label": "pear"}])
     outcome = said(train.main, "--recipe", tiny_recipe, *bad)
-    assert_message(outcome, "Row 151", "'pear'", "apple, carrot, salmon")
+    assert_message(outcome, "Line 151", "'pear'", "apple, carrot, salmon")
 
 
 def test_an_empty_text(said: Said, tiny_recipe: Path, tiny_data: Path, tmp_path: Path) -> None:
     bad = with_rows(tiny_data, tmp_path, [{"text": "  ", "label": "apple"}])
-    assert_message(said(train.main, "--recipe", tiny_recipe, *bad), "Row 151", "empty text")
+    assert_message(said(train.main, "--recipe", tiny_recipe, *bad), "Line 151", "empty text")
 
 
 def test_a_text_over_the_limit_is_cut_counted_and_reported(

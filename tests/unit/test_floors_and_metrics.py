@@ -8,7 +8,7 @@ from softprompt_dist.run.metrics import accuracy, wilson_interval
 
 def task_of(*pairs):
     train = tuple(Example(text, target) for text, target in pairs)
-    return TaskData("t", train, train, train, labels=("bad", "good"), digests={})
+    return TaskData("t", {"train": train}, ("bad", "good"), ("accuracy",), "own: bad, good", {})
 
 
 TRAIN = [("dull dull film", "bad"), ("lovely film", "good"), ("lovely warm story", "good")]

@@ -75,7 +75,7 @@ def test_a_cached_distribution_is_read_without_a_network(archive, tmp_path, monk
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"name": "films"}, "'films'; the vader source has movies and sources"),
+        ({"name": "films"}, "'films'; the vader source has movies, amazon, nyt, tweets and sources"),
         ({"name": "movies", "test": "t.jsonl"}, "task.source.test is 't.jsonl'"),
     ],
 )
