@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
 from softprompt_dist.backbone.load import load_backbone, load_tokenizer
 from softprompt_dist.config import BackboneConfig
-from softprompt_dist.data.batching import tokenise
+from softprompt_dist.data.batching import TokenExample, tokenise
 from softprompt_dist.data.examples import Example
 from softprompt_dist.prompt.module import SoftPrompt
-from softprompt_dist.run.scoring import LabelSet, Scorer
+from softprompt_dist.run.scoring import AnswerRule, LabelSet, Scorer
 from tests import runs
 
 _LABELS = LabelSet(
@@ -40,6 +42,20 @@ class Stage:
         generator = torch.Generator().manual_seed(1)
         self.prompt = SoftPrompt(torch.randn(4, 32, generator=generator))
 
-    def scorer(self, method: str, batch_size: int) -> Scorer:
-        """A scorer of this stage's labels."""
-        return Scorer(self.backbone, self.tokenizer, self.labels, method, batch_size)
+    def rule(self, method: Literal["rank", "greedy"], **settings: Any) -> AnswerRule:
+        """How answers to this stage's rows are found."""
+        longest = max(len(ids) for ids in self.labels.ids)
+        return AnswerRule(method, self.labels, longest, **settings)
+
+    def predict(
+        self,
+        rule: AnswerRule,
+        rows: Sequence[TokenExample] | None = None,
+        *,
+        batch_tokens: int = 200,
+        prompt: SoftPrompt | None = None,
+    ) -> list[str]:
+        """All ranks: what the stage's prompt answers to all rows, or to these."""
+        scorer = Scorer(self.backbone, self.tokenizer, batch_tokens)
+        chosen = self.rows if rows is None else rows
+        return [p.text for p in scorer.predict(prompt or self.prompt, chosen, rule)]

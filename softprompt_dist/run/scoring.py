@@ -1,23 +1,24 @@
 """Predictions of a prompt on examples, over all ranks: none dropped, none counted twice.
 
-Axes: B batch, T target tokens, V vocabulary, L labels.
+Axes: B batch, A answers (the label set), T target tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from softprompt_dist.backbone.base import Backbone
 from softprompt_dist.data.batching import TokenBatch, TokenExample, collate
+from softprompt_dist.data.bucketing import batches_by_length
 from softprompt_dist.parallel import ranks
 from softprompt_dist.prompt.module import SoftPrompt
-
-Predictor = Callable[[TokenBatch], list[str]]
 
 
 @dataclass(frozen=True)
@@ -29,82 +30,153 @@ class LabelSet:
 
 
 @dataclass(frozen=True)
+class AnswerRule:
+    """How an answer is found."""
+
+    method: Literal["rank", "greedy"]
+    labels: LabelSet
+    """Empty for free text, which only `greedy` can give."""
+    max_target_tokens: int
+    """greedy: answers end here."""
+    length_normalisation: Literal["none", "tokens", "characters"] = "none"
+
+    @property
+    def positions(self) -> int:
+        """Target positions that a row takes."""
+        if self.method == "greedy":
+            return self.max_target_tokens
+        return len(self.labels.ids) * max(map(len, self.labels.ids))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """An answer and, where it was chosen among labels, the score of each in their order."""
+
+    text: str
+    label_scores: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
 class Scorer:
-    """How predictions are made; the same under every sharding."""
+    """Makes predictions; the same ones under every sharding and on any number of ranks."""
 
     backbone: Backbone
     tokenizer: PreTrainedTokenizerBase
-    labels: LabelSet
-    method: str
-    batch_size: int
+    batch_tokens: int
+    """Positions that a rank scores at a time."""
 
     @torch.no_grad()
-    def predict(self, prompt: SoftPrompt, examples: Sequence[TokenExample]) -> list[str]:
-        """All ranks: one predicted string per example, in the order given, on every rank.
+    def predict(
+        self, prompt: SoftPrompt, examples: Sequence[TokenExample], rule: AnswerRule
+    ) -> list[Prediction]:
+        """All ranks: a prediction for each example, in the order given, on every rank.
 
-        Rows are sorted by length, so that a batch holds little padding, and dealt to the ranks in
-        equal numbers: the last batch is filled up with rows whose predictions are thrown away,
-        since every rank must reach every gather.
+        Equal inputs are read once. Batches depend on the inputs alone, not on the ranks, so that
+        any number of them computes the same sums in the same order.
         """
         was_training = self.backbone.training
         self.backbone.eval()
-        predict_batch = self._predictor(prompt)
-        mine: list[tuple[int, str]] = []
-        for indices in _rank_batches([len(e.input_ids) for e in examples], self.batch_size):
-            batch = self._collate([examples[i] for i in indices])
-            mine += zip(indices, predict_batch(batch), strict=True)
+        places: dict[tuple[int, ...], int] = {}
+        of_example = [places.setdefault(e.input_ids, len(places)) for e in examples]
+        inputs = list(places)
+        mine: list[tuple[int, Prediction]] = []
+        for indices, counts in self._rounds(prompt, inputs, rule):
+            batch = self._collate([inputs[i] for i in indices])
+            predictions = self._predict_batch(prompt, batch, rule)
+            if counts:
+                mine += zip(indices, predictions, strict=True)
         self.backbone.train(was_training)
-        by_index = {i: text for part in ranks.gather_objects(mine) for i, text in part}
-        return [by_index[i] for i in range(len(examples))]
+        by_place = {i: found for part in ranks.gather_objects(mine) for i, found in part}
+        return [by_place[place] for place in of_example]
 
-    def _collate(self, examples: Sequence[TokenExample]) -> TokenBatch:
+    def _rounds(
+        self, prompt: SoftPrompt, inputs: Sequence[tuple[int, ...]], rule: AnswerRule
+    ) -> Iterator[tuple[list[int], bool]]:
+        """This rank's batches, and whether they count.
+
+        Under ZeRO-3 all ranks must reach every gather: one that has no batch left takes a single
+        row along, whose prediction is thrown away.
+        """
+        copies = len(rule.labels.ids) if self._repeats_inputs(rule) else 1
+        batches = batches_by_length(
+            [len(ids) for ids in inputs],
+            prompt_length=prompt.weight.shape[0],
+            budget=max(1, self.batch_tokens // copies),
+            extra=rule.positions // copies,
+        )
+        for start in range(0, len(batches), ranks.world_size()):
+            own = start + ranks.rank()
+            if own < len(batches):
+                yield batches[own], True
+            elif self.backbone.sharded:
+                yield batches[-1][-1:], False
+
+    def _repeats_inputs(self, rule: AnswerRule) -> bool:
+        """Whether what is held of an input is needed once for each label."""
+        one_pass = self.backbone.family == "seq2seq" or max(map(len, rule.labels.ids)) == 1
+        return rule.method == "rank" and not one_pass
+
+    def _collate(self, inputs: Sequence[tuple[int, ...]]) -> TokenBatch:
         pad_id = pad_id_of(self.tokenizer)
+        examples = [TokenExample(ids, (pad_id,)) for ids in inputs]
         return collate(examples, pad_id=pad_id, family=self.backbone.family).to(ranks.device())
 
-    def _predictor(self, prompt: SoftPrompt) -> Predictor:
-        def logits_of(batch: TokenBatch) -> Tensor:
-            prompt_BPD = prompt(len(batch.input_ids_BS), self.backbone.dtype)
-            return self.backbone(prompt_BPD, batch).float()
+    def _predict_batch(
+        self, prompt: SoftPrompt, batch: TokenBatch, rule: AnswerRule
+    ) -> list[Prediction]:
+        prompt_BPD = prompt(len(batch.input_ids_BS), self.backbone.dtype)
+        if rule.method == "greedy":
+            return self._generated(prompt_BPD, batch, rule.max_target_tokens)
+        scores_BA = self._label_scores(prompt_BPD, batch, rule)
+        return [
+            Prediction(rule.labels.texts[best], tuple(scores))
+            for best, scores in zip(
+                scores_BA.argmax(dim=1).tolist(), scores_BA.tolist(), strict=True
+            )
+        ]
 
-        if self.method == "rank":
-            return lambda batch: self._most_likely_labels(logits_of, batch)
-        return lambda batch: self._generate(logits_of, batch)
+    def _label_scores(self, prompt_BPD: Tensor, batch: TokenBatch, rule: AnswerRule) -> Tensor:
+        """scores_BA: each label's total log-probability, divided as the rule says."""
+        labels = rule.labels
+        width = max(map(len, labels.ids))
+        answers_AT = torch.zeros(len(labels.ids), width, dtype=torch.long)
+        mask_AT = torch.zeros(answers_AT.shape)
+        for row, ids in enumerate(labels.ids):
+            answers_AT[row, : len(ids)] = torch.tensor(ids)
+            mask_AT[row, : len(ids)] = 1
+        answers_AT, mask_AT = answers_AT.to(prompt_BPD.device), mask_AT.to(prompt_BPD.device)
+        logits_BATV = self.backbone.answer_logits(prompt_BPD, batch, answers_AT)
+        targets_BAT = answers_AT.expand(len(prompt_BPD), -1, -1)
+        loss_N = F.cross_entropy(
+            logits_BATV.flatten(0, 2).float(), targets_BAT.flatten(), reduction="none"
+        )
+        scores_BA = -(loss_N.view(targets_BAT.shape) * mask_AT).sum(dim=-1)
+        return scores_BA / _divisors(rule).to(scores_BA)
 
-    def _most_likely_labels(
-        self, logits_of: Callable[[TokenBatch], Tensor], batch: TokenBatch
-    ) -> list[str]:
-        """The label whose tokens have the greatest total log-probability."""
-        if all(len(ids) == 1 for ids in self.labels.ids):
-            # One token each: a single pass holds the scores of all labels.
-            logits_BV = logits_of(_with_targets(batch, self.labels.ids[0]))[:, 0]
-            scores_BL = logits_BV[:, [ids[0] for ids in self.labels.ids]]
-        else:
-            columns = []
-            for ids in self.labels.ids:
-                labelled = _with_targets(batch, ids)
-                logprobs_BTV = logits_of(labelled).log_softmax(dim=-1)
-                chosen_BT1 = logprobs_BTV.gather(-1, labelled.target_ids_BT.unsqueeze(-1))
-                columns.append(chosen_BT1.sum(dim=(1, 2)))
-            scores_BL = torch.stack(columns, dim=1)
-        return [self.labels.texts[i] for i in scores_BL.argmax(dim=1).tolist()]
-
-    def _generate(self, logits_of: Callable[[TokenBatch], Tensor], batch: TokenBatch) -> list[str]:
-        """Greedy decoding up to the longest label, in lockstep over the ranks."""
+    def _generated(
+        self, prompt_BPD: Tensor, batch: TokenBatch, max_target_tokens: int
+    ) -> list[Prediction]:
+        """Greedy decoding; under ZeRO-3 the ranks go on until the last of them is done."""
         eos_id = self.tokenizer.eos_token_id
-        num_rows = len(batch.input_ids_BS)
-        ids_BT = batch.input_ids_BS.new_empty((num_rows, 0))
-        finished_B = torch.zeros(num_rows, dtype=torch.bool, device=ids_BT.device)
-        for _ in range(max(len(ids) for ids in self.labels.ids)):
-            # The last column is a placeholder: its logits depend on what stands before it.
-            extended = torch.cat([ids_BT, ids_BT.new_zeros((num_rows, 1))], dim=1)
-            logits_BV = logits_of(_with_target_rows(batch, extended))[:, -1]
-            next_B = logits_BV.argmax(dim=-1).masked_fill(finished_B, eos_id)
-            ids_BT = torch.cat([ids_BT, next_B.unsqueeze(1)], dim=1)
+        reading = self.backbone.read(prompt_BPD, batch)
+        finished_B = torch.zeros(len(prompt_BPD), dtype=torch.bool, device=prompt_BPD.device)
+        columns: list[Tensor] = []
+        while True:
+            next_B = reading.logits_BV.argmax(dim=-1).masked_fill(finished_B, eos_id)
+            columns.append(next_B)
             finished_B = finished_B | (next_B == eos_id)
-            unfinished = (~finished_B).any().float().reshape(1)
-            if ranks.all_reduce_max(unfinished).item() == 0:
+            if len(columns) == max_target_tokens or self._all_finished(finished_B):
                 break
-        return [t.strip() for t in self.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)]
+            reading = self.backbone.extend(reading, next_B)
+        ids_BT = torch.stack(columns, dim=1)
+        texts = self.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)
+        return [Prediction(text.strip()) for text in texts]
+
+    def _all_finished(self, finished_B: Tensor) -> bool:
+        unfinished = (~finished_B).any().float().reshape(1)
+        if self.backbone.sharded:
+            ranks.all_reduce_max(unfinished)
+        return unfinished.item() == 0
 
 
 def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -113,25 +185,10 @@ def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.eos_token_id if pad_id is None else pad_id)
 
 
-def _rank_batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-    stride = batch_size * ranks.world_size()
-    for start in range(0, len(order), stride):
-        group = order[start : start + stride]
-        per_rank = -(-len(group) // ranks.world_size())
-        mine = group[ranks.rank() * per_rank : (ranks.rank() + 1) * per_rank]
-        yield mine + [group[-1]] * (per_rank - len(mine))
-
-
-def _with_targets(batch: TokenBatch, ids: Sequence[int]) -> TokenBatch:
-    row = torch.tensor(ids, dtype=torch.long, device=batch.input_ids_BS.device)
-    return _with_target_rows(batch, row.expand(len(batch.input_ids_BS), -1))
-
-
-def _with_target_rows(batch: TokenBatch, target_ids_BT: Tensor) -> TokenBatch:
-    return TokenBatch(
-        input_ids_BS=batch.input_ids_BS,
-        input_mask_BS=batch.input_mask_BS,
-        target_ids_BT=target_ids_BT,
-        target_mask_BT=torch.ones_like(target_ids_BT, dtype=batch.input_mask_BS.dtype),
-    )
+def _divisors(rule: AnswerRule) -> Tensor:
+    """What each label's log-probability is divided by, [A]."""
+    if rule.length_normalisation == "none":
+        return torch.ones(len(rule.labels.ids))
+    if rule.length_normalisation == "tokens":
+        return torch.tensor([float(len(ids)) for ids in rule.labels.ids])
+    return torch.tensor([float(len(text)) for text in rule.labels.texts])

@@ -6,7 +6,7 @@ import random
 from collections import Counter
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from softprompt_dist.backbone.load import load_tokenizer
 from softprompt_dist.data.batching import TokenExample
 from softprompt_dist.prompt.module import SoftPrompt
-from softprompt_dist.run.scoring import LabelSet, Scorer
+from softprompt_dist.run.scoring import AnswerRule, LabelSet, Scorer
 from tests.models import plain_model
 from tests.stage import Stage
 
@@ -55,7 +55,7 @@ def test_rank_takes_the_label_of_greatest_likelihood(stages: dict[str, Stage], f
         scores = [log_likelihood(stage, row, torch.tensor(ids)) for ids in stage.labels.ids]
         expected.append(stage.labels.texts[scores.index(max(scores))])
     assert len(set(expected)) > 1
-    assert stage.scorer("rank", 8).predict(stage.prompt, stage.rows) == expected
+    assert stage.predict(stage.rule("rank")) == expected
 
 
 @torch.no_grad()
@@ -63,13 +63,12 @@ def test_rank_with_labels_of_one_token_each(stages: dict[str, Stage]) -> None:
     stage = stages["seq2seq"]
     pieces = (20, 21, 22, 23, 24, 25)
     labels = LabelSet(tuple(map(str, pieces)), tuple((piece,) for piece in pieces))
-    scorer = Scorer(stage.backbone, stage.tokenizer, labels, "rank", 8)
     expected = []
     for row in stage.rows:
         scores = [log_likelihood(stage, row, torch.tensor([piece])) for piece in pieces]
         expected.append(str(pieces[scores.index(max(scores))]))
     assert len(set(expected)) > 1
-    assert scorer.predict(stage.prompt, stage.rows) == expected
+    assert stage.predict(AnswerRule("rank", labels, 1)) == expected
 
 
 def generated_ids(stage: Stage, row: TokenExample, eos_id: int = 1) -> list[int]:
@@ -95,7 +94,7 @@ def test_greedy_is_what_hugging_face_generates(stages: dict[str, Stage], family:
     ids = [generated_ids(stage, row) for row in stage.rows]
     expected = [stage.tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids]
     assert len(set(expected)) > 3
-    assert stage.scorer("greedy", 8).predict(stage.prompt, stage.rows) == expected
+    assert stage.predict(stage.rule("greedy")) == expected
 
 
 @torch.no_grad()
@@ -110,37 +109,77 @@ def test_greedy_ends_each_row_at_its_own_end(stages: dict[str, Stage], family: s
     ids = [generated_ids(stage, row, eos_id) for row in stage.rows]
     assert len({row.index(eos_id) if eos_id in row else -1 for row in ids}) > 1
     expected = [tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids]
-    scorer = Scorer(stage.backbone, tokenizer, stage.labels, "greedy", 8)
-    assert scorer.predict(stage.prompt, stage.rows) == expected
+    found = Scorer(stage.backbone, tokenizer, 200).predict(
+        stage.prompt, stage.rows, stage.rule("greedy")
+    )
+    assert [prediction.text for prediction in found] == expected
 
 
 @pytest.mark.parametrize("method", ["rank", "greedy"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_neither_batch_size_nor_order_matters(
-    stages: dict[str, Stage], family: str, method: str
+def test_neither_batches_nor_order_matter(
+    stages: dict[str, Stage], family: str, method: Literal["rank", "greedy"]
 ) -> None:
     stage = stages[family]
-    reference = stage.scorer(method, 1).predict(stage.prompt, stage.rows)
+    rule = stage.rule(method)
+    reference = stage.predict(rule, batch_tokens=1)
     assert len(reference) == len(stage.rows)
-    for batch_size in (4, 22, 23, 64):
-        assert stage.scorer(method, batch_size).predict(stage.prompt, stage.rows) == reference
+    for batch_tokens in (100, 500, 1000, 10000):
+        assert stage.predict(rule, batch_tokens=batch_tokens) == reference
     order = random.Random(0).sample(range(len(stage.rows)), len(stage.rows))
-    shuffled = stage.scorer(method, 5).predict(stage.prompt, [stage.rows[i] for i in order])
+    shuffled = stage.predict(rule, [stage.rows[i] for i in order])
     assert shuffled == [reference[i] for i in order]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("normalisation", ["none", "tokens", "characters"])
+def test_label_scores_are_log_likelihoods_by_the_length_named(
+    stages: dict[str, Stage], family: str, normalisation: str
+) -> None:
+    stage = stages[family]
+    scorer = Scorer(stage.backbone, stage.tokenizer, 300)
+    rule = stage.rule("rank", length_normalisation=normalisation)
+    found = scorer.predict(stage.prompt, stage.rows[:5], rule)
+    lengths = {
+        "none": [1] * 5,
+        "tokens": [len(ids) for ids in stage.labels.ids],
+        "characters": [len(text) for text in stage.labels.texts],
+    }[normalisation]
+    for row, prediction in zip(stage.rows, found, strict=False):
+        with torch.no_grad():
+            expected = [
+                log_likelihood(stage, row, torch.tensor(ids)) / length
+                for ids, length in zip(stage.labels.ids, lengths, strict=True)
+            ]
+        assert prediction.label_scores == pytest.approx(expected, rel=1e-4)
+        assert prediction.text == stage.labels.texts[expected.index(max(expected))]
+
+
+def test_equal_inputs_are_read_once(stages: dict[str, Stage]) -> None:
+    stage = stages["seq2seq"]
+    rows_read: list[int] = []
+    hook = stage.backbone.embedding.register_forward_hook(
+        lambda _, args, __: rows_read.append(len(args[0]))
+    )
+    rule = stage.rule("rank")
+    twice = stage.predict(rule, [*stage.rows[:3], *stage.rows[:3]])
+    hook.remove()
+    assert twice[:3] == twice[3:] == stage.predict(rule, stage.rows[:3])
+    inputs_read = [count for count in rows_read if count != len(stage.labels.ids)]
+    assert sum(inputs_read) == 3
 
 
 def test_the_prompt_matters(stages: dict[str, Stage]) -> None:
     stage = stages["seq2seq"]
     other = SoftPrompt(-3 * stage.prompt.weight.detach())
-    scorer = stage.scorer("rank", 8)
-    assert scorer.predict(other, stage.rows) != scorer.predict(stage.prompt, stage.rows)
+    assert stage.predict(stage.rule("rank"), prompt=other) != stage.predict(stage.rule("rank"))
 
 
 def test_scoring_leaves_mode_gradient_and_random_state_alone(stages: dict[str, Stage]) -> None:
     stage = stages["seq2seq"]
     stage.backbone.train()
     before = torch.get_rng_state()
-    stage.scorer("greedy", 8).predict(stage.prompt, stage.rows)
+    stage.predict(stage.rule("greedy"))
     assert stage.backbone.training
     assert stage.prompt.weight.grad is None
     assert torch.equal(torch.get_rng_state(), before)
@@ -149,4 +188,4 @@ def test_scoring_leaves_mode_gradient_and_random_state_alone(stages: dict[str, S
 
 def test_no_rows_no_predictions(stages: dict[str, Stage]) -> None:
     stage = stages["seq2seq"]
-    assert stage.scorer("rank", 8).predict(stage.prompt, []) == []
+    assert stage.predict(stage.rule("rank"), []) == []
