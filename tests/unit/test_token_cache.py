@@ -79,6 +79,16 @@ def test_a_found_table_lies_in_the_file_and_outlives_it(tokenizer, folder):
     assert table[:] == tokenise(EXAMPLES, tokenizer, **SETTINGS).examples
 
 
+def test_an_entry_is_a_stream_that_arrow_s_own_tools_read(tokenizer, folder):
+    import pyarrow as pa
+
+    tokens_of(EXAMPLES, tokenizer, **SETTINGS)
+    rows = pa.ipc.open_stream(entries(folder)[0].read_bytes()).read_all().to_pylist()
+    made = tokenise(EXAMPLES, tokenizer, **SETTINGS).examples
+    assert [row["input_ids"] for row in rows] == [list(e.input_ids) for e in made]
+    assert [row["target_ids"] for row in rows] == [list(e.target_ids) for e in made]
+
+
 @pytest.mark.parametrize(
     "change", [{"family": "causal"}, {"max_input_tokens": 17}, {"append_eos": False}]
 )
@@ -117,9 +127,11 @@ def test_padding_elsewhere_does_not_make_it_another_tokenizer(tokenizer, folder)
 DAMAGE = {
     "cut": lambda content: content[: len(content) // 2],
     "empty": lambda content: b"",
-    "no Arrow file": lambda content: b"nothing" * 100,
-    "another number": lambda content: flipped(content, len(content) // 3),
-    "another footer": lambda content: flipped(content, len(content) - 30),
+    "three bytes": lambda content: content[:3],
+    "another file": lambda content: b"nothing" * 100,
+    "another schema": lambda content: flipped(content, 40),
+    "another number": lambda content: flipped(content, len(content) // 2),
+    "another checksum": lambda content: flipped(content, len(content) - 1),
 }
 
 
