@@ -12,6 +12,7 @@ from softprompt_dist.metrics.metric import (
     Floats,
     Metric,
     Weighted,
+    equals_target,
     outside_labels,
     ratio,
     weighted_mean,
@@ -67,7 +68,7 @@ def f1_of_second_label(answers: Sequence[Answer], labels: Sequence[str]) -> Weig
 def _accuracy(answers: Sequence[Answer], labels: Sequence[str]) -> Weighted:
     if labels:
         target_classes(answers, labels)
-    mean = weighted_mean(np.array([float(a.prediction == a.target) for a in answers]))
+    mean = weighted_mean(np.array([float(equals_target(a)) for a in answers]))
     return lambda weights_RA: {"accuracy": 100 * mean(weights_RA)}
 
 
@@ -106,6 +107,7 @@ ACCURACY = Metric(
     ("accuracy",),
     _accuracy,
     labels="any",
+    is_right=equals_target,
     is_invalid=outside_labels,
 )
 F1 = Metric(
@@ -114,6 +116,7 @@ F1 = Metric(
     ("f1",),
     f1_of_second_label,
     labels="two",
+    is_right=equals_target,
     is_invalid=outside_labels,
 )
 MACRO_F1 = Metric(
@@ -122,6 +125,7 @@ MACRO_F1 = Metric(
     ("macro_f1",),
     lambda answers, labels: _macro_f1("macro_f1", answers, labels),
     labels="needed",
+    is_right=equals_target,
     is_invalid=outside_labels,
 )
 MEAN_3CLASS_F1 = Metric(
@@ -130,6 +134,7 @@ MEAN_3CLASS_F1 = Metric(
     ("mean_3class_f1",),
     lambda answers, labels: _macro_f1("mean_3class_f1", answers, labels),
     labels="needed",
+    is_right=equals_target,
     is_invalid=outside_labels,
 )
 MATTHEWS = Metric(
@@ -138,5 +143,6 @@ MATTHEWS = Metric(
     ("matthews_corrcoef",),
     _matthews,
     labels="needed",
+    is_right=equals_target,
     is_invalid=outside_labels,
 )

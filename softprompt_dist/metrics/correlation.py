@@ -91,6 +91,7 @@ PEARSON = Metric(
     ("pearson_corrcoef",),
     _pearson,
     is_invalid=_is_unreadable,
+    answer_kind="number",
 )
 SPEARMAN = Metric(
     "spearman_corrcoef",
@@ -98,4 +99,5 @@ SPEARMAN = Metric(
     ("spearman_corrcoef",),
     _spearman,
     is_invalid=_is_unreadable,
+    answer_kind="number",
 )

@@ -38,13 +38,22 @@ class Metric:
     """Whether the task must have a label set."""
     grouped: bool = False
     """Whether answers with the same facts['group'] are judged together."""
+    is_right: Callable[[Answer], bool] | None = None
+    """Whether a prediction alone is right; None where it is only nearer or farther."""
     is_invalid: Callable[[Answer, Sequence[str]], bool] | None = None
     """Whether a prediction is no answer at all, such as a string outside the label set."""
+    answer_kind: str = "label"
+    """What an invalid prediction is not."""
 
 
 def outside_labels(answer: Answer, labels: Sequence[str]) -> bool:
     """Whether the prediction is none of `labels`, to the character; never without labels."""
     return bool(labels) and answer.prediction not in labels
+
+
+def equals_target(answer: Answer) -> bool:
+    """Whether the prediction is the target, to the character."""
+    return answer.prediction == answer.target
 
 
 def fact(answer: Answer, name: str, metric: str) -> Any:

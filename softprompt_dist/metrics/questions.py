@@ -15,6 +15,7 @@ from softprompt_dist.metrics.metric import (
     Floats,
     Metric,
     Weighted,
+    equals_target,
     fact,
     outside_labels,
     weighted_mean,
@@ -68,7 +69,10 @@ def _question_metric(name: str, title: str, normalize: Normalize) -> Metric:
         mean_em, mean_f1 = weighted_mean(em_A), weighted_mean(f1_A)
         return lambda weights_RA: {"em": mean_em(weights_RA), "f1": mean_f1(weights_RA)}
 
-    return Metric(name, title, ("em", "f1"), prepare)
+    def matches_exactly(answer: Answer) -> bool:
+        return normalize(answer.prediction) in map(normalize, fact(answer, "answers", name))
+
+    return Metric(name, title, ("em", "f1"), prepare, is_right=matches_exactly)
 
 
 def _members(answers: Sequence[Answer], metric: str) -> list[list[int]]:
@@ -99,7 +103,7 @@ def _multirc(answers: Sequence[Answer], labels: Sequence[str]) -> Weighted:
     f1 = f1_of_second_label(answers, labels)
     groups = _members(answers, "multirc")
     firsts = [members[0] for members in groups]
-    right = [answer.prediction == answer.target for answer in answers]
+    right = [equals_target(answer) for answer in answers]
     exact = weighted_mean(np.array([float(all(right[i] for i in members)) for members in groups]))
 
     def values(weights_RA: Floats) -> Mapping[str, Floats]:
@@ -120,6 +124,7 @@ RECORD = Metric(
     ("em", "f1"),
     _record,
     grouped=True,
+    is_right=SQUAD.is_right,
 )
 MULTIRC = Metric(
     "multirc",
@@ -128,5 +133,6 @@ MULTIRC = Metric(
     _multirc,
     labels="two",
     grouped=True,
+    is_right=equals_target,
     is_invalid=outside_labels,
 )

@@ -38,10 +38,13 @@ def _essence(text: str) -> str:
 
 
 def _accuracy(answers: Sequence[Answer], _: Sequence[str]) -> Weighted:
-    labels = [int(fact(answer, "label", "wsc")) for answer in answers]
-    judged = [judge_referent(answer.prediction, answer.target) for answer in answers]
-    mean = weighted_mean(np.array([float(j == t) for j, t in zip(judged, labels, strict=True)]))
+    mean = weighted_mean(np.array([float(_is_right(answer)) for answer in answers]))
     return lambda weights_RA: {"accuracy": 100 * mean(weights_RA)}
+
+
+def _is_right(answer: Answer) -> bool:
+    label = int(fact(answer, "label", "wsc"))
+    return judge_referent(answer.prediction, answer.target) == label
 
 
 def _names_nothing(answer: Answer, _: Sequence[str]) -> bool:
@@ -53,5 +56,7 @@ WSC = Metric(
     "share of rows where the answer names the referent exactly when it should",
     ("accuracy",),
     _accuracy,
+    is_right=_is_right,
     is_invalid=_names_nothing,
+    answer_kind="referent",
 )

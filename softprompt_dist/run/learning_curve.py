@@ -26,7 +26,7 @@ def plot_learning_curve(
 
     Args:
         metrics_path: metrics.jsonl of the run.
-        floors: name -> score in [0, 1].
+        floors: name -> score in percent.
         png_path: written whole; its folder must exist.
         score: name of the validation metric.
 
@@ -87,12 +87,13 @@ def _draw_score(
     axes: Any, points: tuple[list[int], list[float]], floors: Mapping[str, float], score: str
 ) -> None:
     steps, scores = points
-    axes.set_ylabel(f"validation {score}")
+    axes.set_ylabel(f"validation {score} (%)")
     axes.plot(steps, scores, color=_ORANGE, linewidth=2, marker="o", markersize=5, label="prompt")
     for i, (name, value) in enumerate(sorted(floors.items(), key=lambda item: -item[1])):
         style = {"color": _GREYS[i % len(_GREYS)], "linestyle": _DASHES[i % len(_DASHES)]}
-        axes.axhline(value, linewidth=1.5, label=f"{name} ({value:.3f})", **style)
+        axes.axhline(value, linewidth=1.5, label=f"{name} ({value:.1f})", **style)
     values = [*scores, *floors.values()]
     if values:
-        margin = 0.05 + 0.1 * (max(values) - min(values))
-        axes.set_ylim(max(0.0, min(values) - margin), min(1.02, max(values) + margin))
+        margin = 5 + 0.1 * (max(values) - min(values))
+        bottom = 0.0 if min(values) >= 0 else -102.0
+        axes.set_ylim(max(bottom, min(values) - margin), min(102.0, max(values) + margin))

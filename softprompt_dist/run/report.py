@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from softprompt_dist.durable import replace_file
+from softprompt_dist.metrics.table import markdown_table
 from softprompt_dist.run.directory import RunDirectory
 from softprompt_dist.run.learning_curve import plot_learning_curve
 from softprompt_dist.run.metrics import wilson_interval
@@ -15,8 +16,10 @@ from softprompt_dist.run.metrics import wilson_interval
 __all__ = [
     "ScoreRow",
     "difference_interval",
+    "interval_text",
     "plot_learning_curve",
     "results_table",
+    "verdict",
     "verdicts",
     "write_report",
 ]
@@ -32,31 +35,42 @@ class ScoreRow:
 
     @property
     def accuracy(self) -> float:
-        """Share of correct answers, in [0, 1]."""
-        return self.correct / self.total
+        """Share of correct answers, in percent."""
+        return 100 * self.correct / self.total
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % Wilson interval of the accuracy."""
-        return wilson_interval(self.correct, self.total)
+        """95 % Wilson interval of the accuracy, in percent."""
+        low, high = wilson_interval(self.correct, self.total)
+        return 100 * low, 100 * high
 
 
 def results_table(rows: Sequence[ScoreRow]) -> str:
     """Markdown table, aligned for a terminal too: name, accuracy, 95 % interval, n."""
-    cells = [("", "accuracy", "95 % interval", "n")]
-    for row in rows:
-        low, high = row.interval
-        cells.append((row.name, f"{row.accuracy:.3f}", f"{low:.3f} to {high:.3f}", str(row.total)))
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [_table_line(line, widths) for line in cells]
-    rule = f"|:{'-' * widths[0]}-|" + "|".join(f"-{'-' * width}:" for width in widths[1:]) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
+    return markdown_table(
+        ("", "accuracy", "95 % interval", "n"),
+        [
+            (row.name, f"{row.accuracy:.1f}", interval_text(row.interval), str(row.total))
+            for row in rows
+        ],
+    )
+
+
+def interval_text(interval: tuple[float, float]) -> str:
+    """As `71.4 to 86.2`."""
+    low, high = interval
+    return f"{low:.1f} to {high:.1f}"
 
 
 def verdicts(rows: Sequence[ScoreRow], subject: str = "tuned prompt") -> list[str]:
     """One sentence for each other row: is `subject` above it, by how much, and beyond chance?"""
     judged = next(row for row in rows if row.name == subject)
-    return [_verdict(judged, row) for row in rows if row is not judged]
+    ours = (judged.name, judged.accuracy)
+    return [
+        verdict(ours, (row.name, row.accuracy), difference_interval(judged, row))
+        for row in rows
+        if row is not judged
+    ]
 
 
 def write_report(
@@ -86,17 +100,8 @@ def write_report(
     return summary
 
 
-def _table_line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    name, *numbers = cells
-    aligned = [
-        name.ljust(widths[0]),
-        *(n.rjust(w) for n, w in zip(numbers, widths[1:], strict=True)),
-    ]
-    return "| " + " | ".join(aligned) + " |"
-
-
 def difference_interval(row: ScoreRow, other: ScoreRow) -> tuple[float, float]:
-    """95 % interval of the difference of two accuracies (Newcombe 1998, method 10).
+    """95 % interval of the difference of two accuracies in points (Newcombe 1998, method 10).
 
     For independent samples; rows scored on the same examples differ by less chance than that.
     """
@@ -107,18 +112,23 @@ def difference_interval(row: ScoreRow, other: ScoreRow) -> tuple[float, float]:
     return difference - below, difference + above
 
 
-def _verdict(judged: ScoreRow, other: ScoreRow) -> str:
-    difference = judged.accuracy - other.accuracy
+def verdict(
+    judged: tuple[str, float], other: tuple[str, float], interval: tuple[float, float]
+) -> str:
+    """One sentence on two (name, score in percent), given the 95 % interval of their difference."""
+    judged_text, other_text = (f"{name} ({score:.1f})" for name, score in (judged, other))
+    difference = judged[1] - other[1]
     relation = "above" if difference > 0 else "BELOW" if difference < 0 else "equal to"
-    judged_text, other_text = (f"{row.name} ({row.accuracy:.3f})" for row in (judged, other))
     start = f"The {judged_text} is {relation} {other_text}"
     if difference == 0:
         return f"{start}."
-    low, high = difference_interval(judged, other)
+    low, high = interval
     if low <= 0 <= high:
-        return f"{start} by {abs(difference):.3f}, which may be chance at this n."
+        return f"{start} by {abs(difference):.1f} points, which may be chance at this n."
     smallest, largest = sorted((abs(low), abs(high)))
-    return f"{start} by {abs(difference):.3f} (95 % interval {smallest:.3f} to {largest:.3f})."
+    return (
+        f"{start} by {abs(difference):.1f} points (95 % interval {smallest:.1f} to {largest:.1f})."
+    )
 
 
 def _as_json(row: ScoreRow) -> Mapping[str, object]:

@@ -34,8 +34,8 @@ def test_the_table_has_accuracy_interval_and_n():
     # Wilson interval of 164 / 200, computed by hand from its formula.
     assert [c.strip() for c in lines[3].strip("|").split("|")] == [
         "naive Bayes",
-        "0.820",
-        "0.761 to 0.867",
+        "82.0",
+        "76.1 to 86.7",
         "200",
     ]
 
@@ -43,24 +43,24 @@ def test_the_table_has_accuracy_interval_and_n():
 def test_the_verdict_says_above_below_or_within_chance():
     majority, bayes, untuned = verdicts(ROWS)
     assert majority == (
-        "The tuned prompt (0.920) is above majority class (0.510) by 0.410 "
-        "(95 % interval 0.328 to 0.485)."
+        "The tuned prompt (92.0) is above majority class (51.0) by 41.0 points "
+        "(95 % interval 32.8 to 48.5)."
     )
-    assert "above naive Bayes (0.820) by 0.100 (95 % interval 0." in bayes
-    assert untuned == "The tuned prompt (0.920) is equal to untuned prompt (0.920)."
+    assert "above naive Bayes (82.0) by 10.0 points (95 % interval " in bayes
+    assert untuned == "The tuned prompt (92.0) is equal to untuned prompt (92.0)."
 
 
 def test_a_score_within_chance_of_a_floor_is_not_called_a_win():
     rows = [ScoreRow("naive Bayes", 164, 200), ScoreRow("tuned prompt", 170, 200)]
     assert "may be chance" in verdicts(rows)[0]
     rows = [ScoreRow("naive Bayes", 164, 200), ScoreRow("tuned prompt", 120, 200)]
-    assert "is BELOW naive Bayes (0.820) by 0.220 (95 % interval 0." in verdicts(rows)[0]
+    assert "is BELOW naive Bayes (82.0) by 22.0 points (95 % interval " in verdicts(rows)[0]
 
 
 def test_the_interval_of_a_difference_is_that_of_the_literature():
     # Newcombe 1998, table II: 56/70 against 48/80, method 10.
     interval = difference_interval(ScoreRow("a", 56, 70), ScoreRow("b", 48, 80))
-    assert interval == pytest.approx((0.0524, 0.3339), abs=5e-5)
+    assert interval == pytest.approx((5.24, 33.39), abs=5e-3)
 
 
 def test_the_report_is_written_for_people_and_for_programs(tmp_path):
@@ -72,8 +72,8 @@ def test_the_report_is_written_for_people_and_for_programs(tmp_path):
     assert summary in report
     assert "learning_curve" not in report
     results = json.loads(directory.results.read_text())
-    assert results["rows"][3]["accuracy"] == 0.92
-    assert results["rows"][3]["interval_95"] == pytest.approx([0.874, 0.950], abs=1e-3)
+    assert results["rows"][3]["accuracy"] == 92.0
+    assert results["rows"][3]["interval_95"] == pytest.approx([87.4, 95.0], abs=0.1)
     assert results["verdicts"] == verdicts(ROWS)
 
 
@@ -84,7 +84,7 @@ def write_metrics(path, steps, seed=0):
             loss = 0.2 + 2 / (1 + step / 20) * generator.uniform(0.6, 1.4)
             file.write(json.dumps({"step": step, "kind": "train", "time": 0, "loss": loss}) + "\n")
             if step % 25 == 0:
-                score = 0.91 - 0.3 / (1 + step / 30)
+                score = 91 - 30 / (1 + step / 30)
                 line = {"step": step, "kind": "validation", "time": 0, "accuracy": score}
                 file.write(json.dumps(line) + "\n")
 
@@ -94,7 +94,7 @@ def test_the_learning_curve_is_a_picture_that_the_report_shows(tmp_path):
     directory.create()
     write_metrics(directory.metrics, 300)
     png = directory.plots / "learning_curve.png"
-    plot_learning_curve(directory.metrics, {"majority class": 0.51, "naive Bayes": 0.82}, png)
+    plot_learning_curve(directory.metrics, {"majority class": 51.0, "naive Bayes": 82.0}, png)
     assert png.read_bytes().startswith(b"\x89PNG")
     without_floors = len(png.read_bytes())
     plot_learning_curve(directory.metrics, {}, png)
@@ -106,7 +106,7 @@ def test_the_learning_curve_is_a_picture_that_the_report_shows(tmp_path):
 @pytest.mark.parametrize("steps", [0, 1])
 def test_a_run_that_ended_at_once_still_gets_a_picture(tmp_path, steps):
     write_metrics(tmp_path / "metrics.jsonl", steps)
-    plot_learning_curve(tmp_path / "metrics.jsonl", {"floor": 0.5}, tmp_path / "curve.png")
+    plot_learning_curve(tmp_path / "metrics.jsonl", {"floor": 50.0}, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 

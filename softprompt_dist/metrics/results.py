@@ -1,0 +1,144 @@
+"""results.json: what an evaluation found, for programs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from softprompt_dist.durable import replace_file
+from softprompt_dist.errors import DataError
+from softprompt_dist.metrics.scores import Scores
+
+FILE_NAME = "results.json"
+_MAX_INVALID = 50
+_MAX_PROBLEMS = 3
+Percent = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+Interval = tuple[Percent, Percent]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PromptSource(_Frozen):
+    """The prompt file that was scored."""
+
+    file: str
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class EvaluationResult(_Frozen):
+    """Scores of one prompt on one split of one task, all in percent."""
+
+    kind: Literal["evaluation"] = "evaluation"
+    format_version: Literal[1] = 1
+    task: str
+    split: str
+    metrics: tuple[str, ...]
+    num_answers: Annotated[int, Field(ge=1)]
+    values: dict[str, Percent]
+    intervals_95: dict[str, Interval]
+    score: Percent
+    """Mean of `values`."""
+    score_interval_95: Interval | None
+    num_invalid: Annotated[int, Field(ge=0)]
+    invalid: dict[str, int]
+    """The most frequent answers that are none -> how often."""
+    method: str
+    """How answers were made, such as `greedy` or `rank`."""
+    prompt: PromptSource | None
+    backbone: str
+    version: str
+    """Of softprompt-dist."""
+    others: dict[str, dict[str, Percent]] = {}
+    """Floors and other answers to the same rows -> their values."""
+    verdicts: tuple[str, ...] = ()
+
+
+def score_fields(scores: Scores) -> dict[str, object]:
+    """The fields of an `EvaluationResult` that `scores` decides."""
+    return {
+        "num_answers": scores.num_answers,
+        "values": dict(scores.values),
+        "intervals_95": dict(scores.intervals),
+        "score": scores.score,
+        "score_interval_95": scores.score_interval,
+        "num_invalid": scores.num_invalid,
+        "invalid": dict(islice(scores.invalid.items(), _MAX_INVALID)),
+    }
+
+
+def prompt_source(path: Path) -> PromptSource:
+    """Name and digest of a prompt file.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    return PromptSource(file=str(path), sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def write_result(path: Path, result: EvaluationResult) -> None:
+    """Write results.json whole.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    replace_file(path, (result.model_dump_json(indent=2) + "\n").encode())
+
+
+def read_result(path: Path) -> EvaluationResult:
+    """The evaluation that a file, or the results.json of a folder, holds.
+
+    Raises:
+        DataError: there is none, or it is not what `write_result` writes.
+    """
+    file = path / FILE_NAME if path.is_dir() else path
+    try:
+        return EvaluationResult.model_validate_json(file.read_bytes())
+    except OSError as error:
+        raise DataError(
+            f"{file} cannot be read ({error.strerror}). Name a {FILE_NAME} of `softprompt evaluate`"
+            ", or the folder that holds one."
+        ) from error
+    except ValidationError as error:
+        raise DataError(
+            f"{file} is no result of an evaluation: {_problems(error)}. Name a {FILE_NAME} that "
+            "`softprompt evaluate` wrote."
+        ) from error
+
+
+def scores_by_task(results: Mapping[Path, EvaluationResult]) -> dict[str, float]:
+    """Task -> score, of results that belong together.
+
+    Raises:
+        DataError: a task has two results, or the splits differ.
+    """
+    files: dict[str, Path] = {}
+    first_path, first = next(iter(results.items()))
+    for path, result in results.items():
+        if result.task in files:
+            raise DataError(
+                f"{files[result.task]} and {path} both hold {result.task}. Name one result a task."
+            )
+        if result.split != first.split:
+            raise DataError(
+                f"{first_path} was scored on {first.split}, but {path} on {result.split}. A "
+                "benchmark's score needs the same split everywhere."
+            )
+        files[result.task] = path
+    return {result.task: result.score for result in results.values()}
+
+
+def _problems(error: ValidationError) -> str:
+    def told(location: Sequence[int | str], message: str) -> str:
+        where = ".".join(map(str, location))
+        return f"{where}: {message}" if where else message
+
+    found = [told(each["loc"], each["msg"]) for each in error.errors(include_url=False)]
+    others = len(found) - _MAX_PROBLEMS
+    return "; ".join(found[:_MAX_PROBLEMS]) + (f"; and {others} more" if others > 0 else "")

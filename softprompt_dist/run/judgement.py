@@ -1,0 +1,97 @@
+"""Answers of a prompt judged beside those of others: floors, the untuned prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from softprompt_dist.data.examples import Example
+from softprompt_dist.data.floors import majority_class, naive_bayes
+from softprompt_dist.data.tasks import TaskData
+from softprompt_dist.metrics.answer import Answer
+from softprompt_dist.metrics.results import PromptSource
+from softprompt_dist.metrics.scores import Scores, compare, measure
+from softprompt_dist.run.report import verdict
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was asked, and what was answered."""
+
+    task: str
+    split: str
+    metrics: tuple[str, ...]
+    labels: tuple[str, ...]
+    """Empty for free text."""
+    examples: Sequence[Example]
+    predictions: Sequence[str]
+    """The texts that are judged, in the order of `examples`."""
+    method: str
+    """How answers were made, such as `greedy` or `rank`."""
+    backbone: str
+    prompt: PromptSource | None = None
+    others: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Floors and whatever else answered the same examples -> its predictions."""
+    generated: Sequence[str] = ()
+    """What the model wrote, where `predictions` were made of it."""
+    label_scores: Sequence[tuple[float, ...] | None] = ()
+    """Scores of the labels in their order, for each example."""
+    subject: str = "tuned prompt"
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Scores of all that answered, the subject last, and how the subject compares."""
+
+    scores: Mapping[str, Scores]
+    verdicts: tuple[str, ...]
+
+    @property
+    def subject(self) -> Scores:
+        """Scores of the subject."""
+        return next(reversed(list(self.scores.values())))
+
+
+def floor_predictions(task: TaskData, examples: Sequence[Example]) -> dict[str, list[str]]:
+    """Answers that need no model, by name; none without labels or a train split."""
+    if not task.labels or "train" not in task.splits:
+        return {}
+    return {
+        "majority class": majority_class(task, examples),
+        "naive Bayes": naive_bayes(task, examples),
+    }
+
+
+def answers_to(examples: Sequence[Example], predictions: Sequence[str]) -> list[Answer]:
+    """Each prediction beside its example's target and facts."""
+    return [
+        Answer(prediction, example.target_text, example.facts)
+        for example, prediction in zip(examples, predictions, strict=True)
+    ]
+
+
+def judge(evaluation: Evaluation) -> Judgement:
+    """Score the subject and the others, and compare them on the same resamples.
+
+    Raises:
+        SoftpromptError: see `measure`.
+    """
+    names, labels = evaluation.metrics, evaluation.labels
+    judged = answers_to(evaluation.examples, evaluation.predictions)
+    others = {
+        name: answers_to(evaluation.examples, predictions)
+        for name, predictions in evaluation.others.items()
+    }
+    scores = {
+        name: measure(names, answers, labels)
+        for name, answers in {**others, evaluation.subject: judged}.items()
+    }
+    subject = (evaluation.subject, scores[evaluation.subject].score)
+    intervals = {
+        name: compare(names, judged, answers, labels).interval for name, answers in others.items()
+    }
+    verdicts = tuple(
+        verdict(subject, (name, scores[name].score), interval)
+        for name, interval in intervals.items()
+    )
+    return Judgement(scores, verdicts)
