@@ -51,11 +51,13 @@ LIGHT = [
     "parallel/verb",
     "convert",
     "plan",
+    "tasks",
     "backbone/architecture",
     "backbone/known_architectures",
     "backbone/cell",
     "backbone/activations",
     "backbone/memory_model",
+    *(f"data/catalogue/{path.stem}" for path in (PACKAGE / "data/catalogue").glob("*.py")),
     *(f"planning/{path.stem}" for path in (PACKAGE / "planning").glob("*.py")),
 ]
 ONLY_AFTER_JOINING = {"backbone/sharding.py"}

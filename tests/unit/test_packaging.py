@@ -82,7 +82,7 @@ def test_wheel_carries_recipes_and_assets(distribution: Path) -> None:
     names = zipfile.ZipFile(distribution).namelist()
     if "softprompt_dist/__init__.py" not in names:
         pytest.skip("an editable install reads them from the checkout")
-    for folder in ("recipes", "assets"):
+    for folder in ("recipes", "assets", "data/catalogue"):
         wanted = {
             str(p.relative_to(REPOSITORY))
             for p in (REPOSITORY / "softprompt_dist" / folder).rglob("*")

@@ -69,17 +69,17 @@ def sections(row: Row, name: str) -> list[Mapping[str, Any]]:
     return value
 
 
-def texts(row: Row, *names: str) -> list[str]:
+def texts(row: Row, *names: str, optional: bool = False) -> list[str]:
     """The texts of a field: a list of texts, of objects with `text`, or an object of lists.
 
-    Empty where the row lacks the field or has null there.
+    Where it is optional, empty if the row lacks the field or has null there.
 
     Raises:
         ValueError: the field is none of these.
     """
     value = find(row, *names)
     found = value["text"] if isinstance(value, Mapping) and "text" in value else value
-    if found is None:
+    if found is None and optional:
         return []
     if isinstance(found, list):
         items = [item.get("text") if isinstance(item, Mapping) else item for item in found]

@@ -1,4 +1,4 @@
-"""Tasks whose text is `key: text` of each field, sorted by key (T5's `glue`); WiC is not."""
+"""Tasks whose text is `key: text` of each field, sorted by key (T5's `glue`)."""
 
 from __future__ import annotations
 

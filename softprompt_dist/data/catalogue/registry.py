@@ -178,8 +178,8 @@ def _glue_tasks() -> Iterator[CatalogueTask]:
 def _mrqa_tasks() -> Iterator[CatalogueTask]:
     for name, (subset, original, about) in _MRQA.items():
         in_domain = name == "newsqa"
-        # The hub's only split of an out-of-domain set is called test; the paper develops on none.
-        splits = _BOTH if in_domain else (None, "test", "test")
+        # As prompt-tuning reads it: the only split of an out-of-domain set is called test.
+        splits = _BOTH if in_domain else (None, "test", None)
         title = f"which span answers it? ({about})"
         entry = _Entry(name, title, "span", spans.Mrqa(subset), ("squad",), _QUESTION)
         hub = HubSource("mrqa-workshop/mrqa", None, None, *splits)

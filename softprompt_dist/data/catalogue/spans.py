@@ -22,7 +22,8 @@ def squad(row: Row, for_training: bool) -> Iterator[Example]:
         ValueError: a field is missing or of a wrong kind.
     """
     question, context = _set_apart(text(row, "question")), _set_apart(text(row, "context"))
-    answers = [_set_apart(answer) for answer in texts(row, "answers", "detected_answers")]
+    given = texts(row, "answers", "detected_answers", optional=True)
+    answers = [_set_apart(answer) for answer in given]
     yield Example(
         _SPACES.sub(" ", f"question: {question} context: {context}"),
         answers[0] if answers else UNLABELLED,

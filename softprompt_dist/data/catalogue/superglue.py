@@ -65,7 +65,7 @@ def record(row: Row, for_training: bool) -> Iterator[Example]:
         index = section(flat, "idx")
         # Sorted and each once, as in tensorflow-datasets: the hub's rows come in any order.
         entities = sorted(set(texts(flat, "entities")))
-        answers = sorted(set(texts(flat, "answers")))
+        answers = sorted(set(texts(flat, "answers", optional=True)))
         written = (
             f"query: {text(flat, 'query')} entities: {', '.join(entities)} "
             f"passage: {_without_highlights(text(flat, 'passage'))}"
@@ -84,7 +84,7 @@ def _queries(row: Row) -> Iterator[dict[str, Any]]:
             "passage": written,
             "query": text(query, "query"),
             "entities": entities,
-            "answers": texts(query, "answers"),
+            "answers": texts(query, "answers", optional=True),
             "idx": {"passage": number(row, "idx"), "query": number(query, "idx")},
         }
 
