@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
@@ -112,26 +113,23 @@ def read_result(path: Path) -> EvaluationResult:
         ) from error
 
 
-def scores_by_task(results: Mapping[Path, EvaluationResult]) -> dict[str, float]:
-    """Task -> score, of results that belong together.
+def find_results(paths: Sequence[Path]) -> dict[Path, EvaluationResult]:
+    """Every result that files and folders name; a folder without one stands for those within it.
 
     Raises:
-        DataError: a task has two results, or the splits differ.
+        DataError: see `read_result`; or one is named twice.
     """
-    files: dict[str, Path] = {}
-    first_path, first = next(iter(results.items()))
-    for path, result in results.items():
-        if result.task in files:
-            raise DataError(
-                f"{files[result.task]} and {path} both hold {result.task}. Name one result a task."
-            )
-        if result.split != first.split:
-            raise DataError(
-                f"{first_path} was scored on {first.split}, but {path} on {result.split}. A "
-                "benchmark's score needs the same split everywhere."
-            )
-        files[result.task] = path
-    return {result.task: result.score for result in results.values()}
+    files = [file for path in paths for file in _files_of(path)]
+    twice = [file for file, count in Counter(file.resolve() for file in files).items() if count > 1]
+    if twice:
+        raise DataError(f"{twice[0]} is named twice. Name every result once.")
+    return {file: read_result(file) for file in files}
+
+
+def _files_of(path: Path) -> list[Path]:
+    if not path.is_dir() or (path / FILE_NAME).exists():
+        return [path]
+    return sorted(path.glob(f"*/{FILE_NAME}")) or [path]
 
 
 def _problems(error: ValidationError) -> str:

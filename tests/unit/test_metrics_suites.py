@@ -13,9 +13,9 @@ from softprompt_dist.metrics.results import (
     prompt_source,
     read_result,
     score_fields,
-    scores_by_task,
     write_result,
 )
+from softprompt_dist.metrics.score_report import score_report, scores_by_task
 from softprompt_dist.metrics.scores import measure
 from softprompt_dist.metrics.suites import SUITES, suite_score
 from tests.answers import LABELS, answers_for
@@ -109,3 +109,51 @@ def test_results_of_a_benchmark_belong_together(result):
         scores_by_task({first: result, second: result})
     with pytest.raises(DataError, match=r"a\.json was scored on validation, but b\.json on test"):
         scores_by_task({first: result, second: other.model_copy(update={"split": "test"})})
+
+
+def write_results(folder, result, tasks):
+    for task, score in tasks.items():
+        (folder / task).mkdir(parents=True)
+        changed = result.model_copy(update={"task": task, "score": score})
+        write_result(folder / task / "results.json", changed)
+
+
+def test_a_folder_of_results_makes_a_benchmark(tmp_path, result):
+    write_results(tmp_path, result, SUPERGLUE)
+    report = score_report([tmp_path])
+    assert report.endswith("\n\nSuperGLUE score: 67.0 (mean of 8 tasks)")
+    assert "GLUE score" not in report.replace("SuperGLUE score", "")
+    boolq = next(line for line in report.splitlines() if line.startswith("| boolq"))
+    cells = [cell.strip() for cell in boolq.strip("|").split("|")]
+    low, high = result.score_interval_95
+    values = f"f1 {result.values['f1']:.1f}, accuracy {result.values['accuracy']:.1f}"
+    assert cells == [
+        "boolq",
+        "validation",
+        "40",
+        "greedy",
+        values,
+        "60.0",
+        f"{low:.1f} to {high:.1f}",
+        str(result.num_invalid),
+    ]
+
+
+def test_a_part_of_a_benchmark_has_no_score_unless_asked_for(tmp_path, result):
+    write_results(tmp_path, result, {"boolq": 60.0, "cb": 70.0, "sst2": 90.0})
+    paths = [tmp_path / task for task in ("boolq", "cb", "sst2")]
+    report = score_report(paths)
+    assert "No SuperGLUE score: The SuperGLUE score is the mean over 8 tasks, but" in report
+    assert "No GLUE score" in report
+    report = score_report(paths, partial=True)
+    assert "SuperGLUE score: 65.0, partial (2 of 8; without copa, multirc," in report
+    assert "GLUE score: 90.0, partial (1 of 9;" in report
+
+
+def test_tasks_of_no_benchmark_stand_alone(tmp_path, result):
+    write_results(tmp_path, result, {"mine": 60.0})
+    assert "score:" not in score_report([tmp_path])
+    with pytest.raises(DataError, match="named twice"):
+        score_report([tmp_path, tmp_path / "mine" / "results.json"])
+    with pytest.raises(DataError, match="cannot be read"):
+        score_report([tmp_path / "mine" / "nothing"])
