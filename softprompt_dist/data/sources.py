@@ -139,20 +139,18 @@ def _hub_names(
     """Name, subset, revision and the hub's name of each split, the catalogue's where open.
 
     Its subset and revision are those of its data set, so they do not go with another name. A split
-    that is named for one use is not taken for a second one.
+    that the recipe names for one use is not the catalogue's for a second one.
     """
     given = {split: name for split in SPLITS if (name := getattr(config, split))}
     if task is None:
         name = _require(config.name, "name", "a data set's name such as google/boolq")
         return name, config.subset, config.revision, given or {"train": "train"}
     hub = task.hub
-    for split in SPLITS:
-        default = getattr(hub, split)
-        if split not in given and default and default not in given.values():
-            given[split] = default
+    known = {split: name for split in SPLITS if (name := getattr(hub, split))}
+    wanted = {split: name for split, name in known.items() if name not in given.values()} | given
     if config.name in (None, hub.name):
-        return hub.name, config.subset or hub.subset, config.revision or hub.revision, given
-    return config.name, config.subset, config.revision, given
+        return hub.name, config.subset or hub.subset, config.revision or hub.revision, wanted
+    return config.name, config.subset, config.revision, wanted
 
 
 def _load_from_hub(name: str, subset: str | None, revision: str | None) -> Any:

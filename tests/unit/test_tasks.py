@@ -1,9 +1,12 @@
 import gzip
+import hashlib
 import json
 
 import pytest
 
-from softprompt_dist.data.tasks import hash_split, load_task
+from softprompt_dist.data.rows import stream_rows
+from softprompt_dist.data.sources import SPLITS
+from softprompt_dist.data.tasks import hash_split, load_task, to_example_inputs
 from softprompt_dist.errors import DataError
 from softprompt_dist.task_config import SourceConfig, TaskConfig
 
@@ -16,11 +19,9 @@ def write_jsonl(path, rows):
     return str(path)
 
 
-def task(**settings):
-    source = SourceConfig(
-        **{k: settings.pop(k) for k in ("train", "validation", "test") if k in settings}
-    )
-    return load_task(TaskConfig(name="t", source=source, **({"labels": LABELS} | settings)))
+def task(splits=SPLITS, **settings):
+    source = SourceConfig(**{k: settings.pop(k) for k in (*SPLITS, "sha256") if k in settings})
+    return load_task(TaskConfig(name="t", source=source, **({"labels": LABELS} | settings)), splits)
 
 
 def refusal(tmp_path, rows, **settings):
@@ -196,3 +197,182 @@ def test_an_unreadable_file_says_what_is_wrong(tmp_path, name, content, words):
         task(train=str(tmp_path / name))
     assert words in str(caught.value)
     assert name in str(caught.value)
+
+
+def test_a_split_that_is_not_asked_for_is_not_read(tmp_path):
+    good = write_jsonl(tmp_path / "validation.jsonl", ROWS[:5])
+    data = task(("validation",), train="absent.jsonl", validation=good, test="absent.jsonl")
+    assert list(data.splits) == list(data.digests) == list(data.records) == ["validation"]
+    assert task(("validation",), validation=good).splits == data.splits
+    with pytest.raises(DataError, match=r"validation is taken from it unless it is given"):
+        task(("validation",), test=good)
+
+
+def test_which_splits_are_asked_for_changes_none_of_them(tmp_path):
+    """Else a prompt tuned without a test split would be scored on rows it has seen."""
+    train = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    whole = task(train=train)
+    for split in SPLITS:
+        assert task((split,), train=train).splits == {split: whole.splits[split]}
+
+
+def test_a_split_knows_where_it_comes_from(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    data = task(("validation",), train=write_jsonl(path, ROWS))
+    record = data.records["validation"]
+    assert (record.origin, record.num_rows, record.num_bad) == ("rows.jsonl", 60, 0)
+    assert record.num_examples == len(data.validation)
+    assert record.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_file_with_another_checksum_is_refused_with_both(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    train = write_jsonl(path, ROWS)
+    actual = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert task(train=train, sha256={"train": actual}).train
+    with pytest.raises(DataError) as caught:
+        task(train=train, sha256={"train": "0" * 64})
+    assert f"rows.jsonl has sha256 {actual}, but" in str(caught.value)
+    assert f"task.source.sha256.train is {'0' * 64}" in str(caught.value)
+    with pytest.raises(DataError, match=r"sha256\.test is given, but the source has no file"):
+        task(train=train, sha256={"test": actual})
+
+
+def test_metrics_and_family_follow_the_labels(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    data = task(("validation",), validation=path)
+    assert data.metrics == ("accuracy",)
+    assert data.family == "own: negative, positive"
+    free = task(("validation",), validation=path, labels={}, metrics=["accuracy"])
+    assert (free.metrics, free.labels, free.family) == (("accuracy",), (), "own: free text")
+    assert task(("validation",), validation=path, labels={}).metrics == ("squad",)
+
+
+def test_without_labels_the_field_is_the_answer_or_a_list_of_right_ones(tmp_path):
+    rows = [
+        {"text": "a", "label": "one"},
+        {"text": "b", "label": ["two", "deux"]},
+        {"text": "c", "label": 3},
+    ]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    data = task(("validation",), validation=path, labels={})
+    found = {e.input_text: (e.target_text, e.facts["answers"]) for e in data.validation}
+    assert found == {
+        "a": ("one", ["one"]),
+        "b": ("two", ["two", "deux"]),
+        "c": ("3", ["3"]),
+    }
+
+
+@pytest.mark.parametrize("label", [None, "", " ", [], ["a", ""], ["a", None]])
+def test_a_row_without_an_answer_is_refused(tmp_path, label):
+    message = refusal(
+        tmp_path, [{"text": "x", "label": "y"}, {"text": "a", "label": label}], labels={}
+    )
+    assert "Line 2 of rows.jsonl has no label: label is" in message
+
+
+@pytest.mark.parametrize("label", [{"text": "a"}, [["a"]]])
+def test_a_nested_answer_is_refused(tmp_path, label):
+    message = refusal(tmp_path, [{"text": "a", "label": label}], labels={})
+    assert "Line 1 of rows.jsonl: " in message
+
+
+def test_a_label_that_is_nearly_right_names_the_nearest(tmp_path):
+    rows = [{"text": "a", "label": "positiv"}, {"text": "b", "label": None}]
+    message = refusal(tmp_path, rows, labels={"negative": "bad", "positive": "good"})
+    assert "'positiv', which is not in task.labels: negative, positive. Did you mean" in message
+    assert "Line 2 of rows.jsonl has no label: label is null" in message
+
+
+def test_rows_are_named_by_their_field_or_else_by_their_number(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"key": 7, "text": "a", "label": 0}\n\n{"key": 8, "text": "b", "label": 1}\n')
+    for id_field, expected in ((None, {"a": "1", "b": "2"}), ("key", {"a": "7", "b": "8"})):
+        data = task(("test",), test=str(path), id_field=id_field)
+        assert {e.input_text: e.id for e in data.test} == expected
+
+
+def test_an_id_that_stands_twice_or_is_missing_is_refused(tmp_path):
+    rows = [row | {"key": n} for n, row in enumerate(ROWS[:20])]
+    twice = refusal(tmp_path, [*rows, ROWS[20] | {"key": 3}], id_field="key")
+    assert "id 3 stands in lines 4 and 21 of rows.jsonl" in twice
+    assert "has no key, which" in refusal(tmp_path, [ROWS[0] | {"key": None}], id_field="key")
+    assert "no field 'key'" in refusal(tmp_path, ROWS, id_field="key")
+
+
+BAD_LINES = [
+    '{"text": "fine", "label": 0}',
+    "",
+    '{"text": "no label"}',
+    '{"text": null, "label": 1}',
+    "{not json",
+    '{"text": "odd", "label": 9}',
+    '{"text": ["nested"], "label": 1}',
+    '{"text": "also fine", "label": 1}',
+    '{"label": 1}',
+    '{"text": "\\ud83d", "label": 1}',
+]
+
+
+def test_bad_rows_are_raised_together_with_their_lines(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(BAD_LINES))
+    with pytest.raises(DataError) as caught:
+        task(("validation",), validation=str(path))
+    first, *listed, last = str(caught.value).splitlines()
+    assert first == "7 rows cannot be used:"
+    assert last == "Correct them, or leave them out with task.skip_bad_rows=true."
+    lines = [line.split(" of rows.jsonl")[0].strip() for line in listed[:-1]]
+    assert lines == [f"Line {n}" for n in (3, 4, 5, 6, 7)]
+    assert listed[-1].strip() == "and 2 more."
+
+
+def test_bad_rows_may_be_left_out_counted_and_warned_of(tmp_path, caplog):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(BAD_LINES))
+    data = task(("validation",), validation=str(path), skip_bad_rows=True)
+    assert {e.input_text for e in data.validation} == {"fine", "also fine"}
+    record = data.records["validation"]
+    assert (record.num_rows, record.num_examples, record.num_bad) == (9, 2, 7)
+    assert len(record.bad) == 5
+    assert "7 of 9 rows of rows.jsonl cannot be used and are left out: Line 3" in caplog.text
+    assert "Line 5 of rows.jsonl is not JSON" in caplog.text
+    assert "Line 6" not in caplog.text
+
+
+def test_a_row_counts_for_its_id_only_if_it_can_be_used(tmp_path):
+    rows = [{"k": 1, "text": None, "label": 0}, {"k": 1, "text": "a", "label": 0}]
+    path = write_jsonl(tmp_path / "rows.jsonl", [*rows, rows[1]])
+    data = task(("test",), test=path, id_field="k", skip_bad_rows=True)
+    assert [e.input_text for e in data.test] == ["a"]
+    assert data.records["test"].num_bad == 2
+
+
+def test_a_split_of_bad_rows_alone_is_an_error_all_the_same(tmp_path):
+    bad = [{"text": "a", "label": 7}] * 4
+    message = refusal(tmp_path, bad, skip_bad_rows=True)
+    assert "4 of 4 rows of rows.jsonl cannot be used: Line 1" in message
+
+
+def test_a_csv_row_is_named_by_its_line(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('text,label\n"two\nlines",0\nx,8\n')
+    with pytest.raises(DataError, match=r"Line 4 of rows\.csv has the label '8'"):
+        task(("test",), test=str(path))
+
+
+def test_rows_to_predict_need_no_label(tmp_path):
+    rows = [{"text": "a"}, {"text": "b", "label": 1}, {"text": "c", "label": "?"}, {"label": 1}]
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, rows)
+    to_inputs = to_example_inputs(TaskConfig(labels=LABELS, input_template="It: {text}"))
+    *good, bad = stream_rows(path)
+    made = [example for row in good for example in to_inputs(row.row, row.where)]
+    assert [(e.input_text, e.target_text, e.id) for e in made] == [
+        ("It: a", "", "1"),
+        ("It: b", "positive", "2"),
+        ("It: c", "", "3"),
+    ]
+    with pytest.raises(DataError, match=r"Line 4 of rows\.jsonl has no field 'text'"):
+        to_inputs(bad.row, bad.where)

@@ -4,7 +4,7 @@ import tarfile
 
 import pytest
 
-from softprompt_dist.data import vader
+from softprompt_dist.data import sources, vader
 from softprompt_dist.data.tasks import load_task
 from softprompt_dist.errors import DataError
 from softprompt_dist.task_config import SourceConfig, TaskConfig
@@ -47,6 +47,16 @@ def test_movies_are_labelled_by_the_sign_of_the_rating_and_zero_is_dropped(archi
     ]
 
 
+def test_every_file_is_a_task_of_sentiment(archive):
+    found = {name: vader.read_vader(archive, name) for name in ("amazon", "nyt", "tweets")}
+    labels = {name: [row["label"] for row in rows] for name, rows in found.items()}
+    assert labels == {
+        "amazon": ["negative"],
+        "nyt": ["positive"],
+        "tweets": ["positive", "positive"],
+    }
+
+
 def test_sources_are_labelled_by_their_file(archive):
     rows = vader.read_vader(archive, "sources")
     assert [row["label"] for row in rows] == ["movies"] * 3 + ["amazon", "nyt", "tweets", "tweets"]
@@ -72,11 +82,31 @@ def test_a_cached_distribution_is_read_without_a_network(archive, tmp_path, monk
     assert len(vader.vader_rows("movies")) == 2
 
 
+def test_splits_and_digests_of_a_task_stay_what_they_were(monkeypatch):
+    """Prompts and results of earlier versions are compared by these."""
+    rows = [
+        {"text": f"snippet {n}", "label": ("negative", "positive")[n % 2], "rating": 1.0, "id": "1"}
+        for n in range(100)
+    ]
+    monkeypatch.setattr(sources, "vader_rows", lambda name: rows)
+    data = load_task(TaskConfig())
+    assert {split: (len(data.splits[split]), d[:16]) for split, d in data.digests.items()} == {
+        "train": (76, "54e3fee9371b63ac"),
+        "validation": (16, "88e929c4d651a02b"),
+        "test": (8, "276472f13a88a57c"),
+    }
+    assert data.records["train"].sha256 == vader.vader_sha256()
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"name": "films"}, "'films'; the vader source has movies, amazon, nyt, tweets and sources"),
+        (
+            {"name": "films"},
+            "'films'; the vader source has movies, amazon, nyt, tweets and sources",
+        ),
         ({"name": "movies", "test": "t.jsonl"}, "task.source.test is 't.jsonl'"),
+        ({"name": "movies", "sha256": {"train": "0" * 64}}, "kind is vader, which has no files"),
     ],
 )
 def test_settings_that_do_not_fit_the_source_are_refused(settings, words):
