@@ -1,6 +1,7 @@
-"""`softprompt tasks`: which tasks are known by name, and the exact text that each gives.
+"""`softprompt tasks`: which tasks are known by name, the text that each gives, what they scored.
 
 softprompt tasks show boolq --examples 3 --data BoolQ.zip
+softprompt tasks score results/superglue
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def build_parser() -> VerbParser:
     actions.add_parser("list", help="all tasks: labels, metrics, data set")
     _add_show_options(actions.add_parser("show", help="a task and the exact text of examples"))
     actions.add_parser("metrics", help="all metrics")
+    _add_score_options(actions.add_parser("score", help="results side by side; SuperGLUE's score"))
     return parser
 
 
@@ -63,6 +65,19 @@ def _add_show_options(show: argparse.ArgumentParser) -> None:
         choices=["train", "validation", "test"],
         default="validation",
         help="of a zip or a folder; train is what T5 trains on (default: %(default)s)",
+    )
+
+
+def _add_score_options(score: argparse.ArgumentParser) -> None:
+    score.add_argument(
+        "results",
+        metavar="FILE_OR_FOLDER",
+        nargs="+",
+        type=Path,
+        help="a results.json of `softprompt evaluate`, its folder, or a folder of such folders",
+    )
+    score.add_argument(
+        "--partial", action="store_true", help="the mean of those tasks that are there will do"
     )
 
 
@@ -176,6 +191,12 @@ def _metrics(_: argparse.Namespace) -> Iterable[str]:
     return (f"{name:<{width}}{metric.title}" for name, metric in METRICS.items())
 
 
+def _score(options: argparse.Namespace) -> Iterable[str]:
+    from softprompt_dist.metrics.score_report import score_report
+
+    return [score_report(options.results, partial=options.partial)]
+
+
 def _count(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -183,7 +204,7 @@ def _count(text: str) -> int:
     return value
 
 
-_ACTIONS = {"list": _list, "show": _show, "metrics": _metrics}
+_ACTIONS = {"list": _list, "show": _show, "metrics": _metrics, "score": _score}
 
 if __name__ == "__main__":
     run_verb(main)

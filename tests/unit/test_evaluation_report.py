@@ -84,7 +84,7 @@ def test_invalid_answers_are_told():
     many = evaluation([f"text {i} {'long ' * 4 * i}" for i in range(40)])
     line = invalid_line(many, judge(many).subject)
     assert line.startswith("40 of 40 answers are no label (100.0 %): 'text 0 ' 1, 'text 1 long ")
-    assert "'text 2 long long long long long long lon…' 1" in line
+    assert "'text 2 long long long long long long lo…' 1" in line
     assert line.endswith(" and 35 other texts")
     perfect = evaluation(TARGETS)
     assert invalid_line(perfect, judge(perfect).subject) == ""

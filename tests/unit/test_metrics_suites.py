@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from softprompt_dist import tasks
 from softprompt_dist.data.catalogue.registry import CATALOGUE
 from softprompt_dist.errors import DataError
 from softprompt_dist.metrics.results import (
@@ -157,3 +158,13 @@ def test_tasks_of_no_benchmark_stand_alone(tmp_path, result):
         score_report([tmp_path, tmp_path / "mine" / "results.json"])
     with pytest.raises(DataError, match="cannot be read"):
         score_report([tmp_path / "mine" / "nothing"])
+
+
+def test_the_verb_prints_the_table_and_the_score(tmp_path, result, capsys):
+    write_results(tmp_path, result, {"boolq": 60.0, "cb": 70.0})
+    tasks.main(["score", str(tmp_path / "boolq"), str(tmp_path / "cb"), "--partial"])
+    printed = capsys.readouterr().out
+    assert printed.startswith("| task  | ")
+    assert "SuperGLUE score: 65.0, partial (2 of 8;" in printed
+    with pytest.raises(DataError, match="cannot be read"):
+        tasks.main(["score", str(tmp_path / "rte")])
