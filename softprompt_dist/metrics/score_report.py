@@ -56,7 +56,7 @@ def _suite_line(name: str, scores: Mapping[str, float], partial: bool) -> str:
     try:
         return str(suite_score(name, scores, partial=partial))
     except DataError as error:
-        return f"No {SUITES[name].title} score: {error}"
+        return str(error)
 
 
 def _table(results: Iterable[EvaluationResult]) -> str:

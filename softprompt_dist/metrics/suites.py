@@ -77,7 +77,7 @@ def suite_score(name: str, scores: Mapping[str, float], *, partial: bool = False
     done = [task for task, members in suite.tasks.items() if not set(members) & set(missing)]
     if not done or (missing and not partial):
         raise DataError(
-            f"The {suite.title} score is the mean over {len(suite.tasks)} tasks, but there are no "
+            f"{suite.title} has no score yet: it is the mean over {len(suite.tasks)} tasks, but there are no "
             f"results of {', '.join(missing)}. Evaluate these"
             + (", or ask for the mean of the others with --partial." if done else ".")
         )

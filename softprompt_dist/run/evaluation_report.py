@@ -83,8 +83,9 @@ def invalid_line(evaluation: Evaluation, scores: Scores) -> str:
 
 def screen_text(evaluation: Evaluation, judgement: Judgement) -> str:
     """Table, comparisons and invalid answers."""
-    lines = [scores_table(judgement.scores), "", *(f"- {line}" for line in judgement.verdicts)]
-    return "\n".join([*lines, invalid_line(evaluation, judgement.subject)]).strip()
+    verdicts = "\n".join(f"- {sentence}" for sentence in judgement.verdicts)
+    parts = scores_table(judgement.scores), verdicts, invalid_line(evaluation, judgement.subject)
+    return "\n\n".join(filter(None, parts))
 
 
 def write_evaluation(

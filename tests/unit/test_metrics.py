@@ -114,7 +114,7 @@ def test_no_answers_are_refused():
 @pytest.mark.parametrize(
     ("names", "labels", "message"),
     [
-        (["acuracy"], None, "no metric 'acuracy'. Did you mean 'accuracy'"),
+        (["Accuracy"], None, "no metric 'Accuracy'. Did you mean 'accuracy'"),
         (["zzz"], None, "no metric 'zzz'. Known: accuracy, f1"),
         ([], None, "at least one metric"),
         (["f1", "squad"], None, "f1, squad give f1 more than once"),

@@ -144,8 +144,8 @@ def test_a_part_of_a_benchmark_has_no_score_unless_asked_for(tmp_path, result):
     write_results(tmp_path, result, {"boolq": 60.0, "cb": 70.0, "sst2": 90.0})
     paths = [tmp_path / task for task in ("boolq", "cb", "sst2")]
     report = score_report(paths)
-    assert "No SuperGLUE score: The SuperGLUE score is the mean over 8 tasks, but" in report
-    assert "No GLUE score" in report
+    assert "SuperGLUE has no score yet: it is the mean over 8 tasks, but" in report
+    assert "\nGLUE has no score yet" in report
     report = score_report(paths, partial=True)
     assert "SuperGLUE score: 65.0, partial (2 of 8; without copa, multirc," in report
     assert "GLUE score: 90.0, partial (1 of 9;" in report
