@@ -77,8 +77,8 @@ def suite_score(name: str, scores: Mapping[str, float], *, partial: bool = False
     done = [task for task, members in suite.tasks.items() if not set(members) & set(missing)]
     if not done or (missing and not partial):
         raise DataError(
-            f"{suite.title} has no score yet: it is the mean over {len(suite.tasks)} tasks, but there are no "
-            f"results of {', '.join(missing)}. Evaluate these"
+            f"{suite.title} has no score yet: it is the mean over {len(suite.tasks)} tasks, but "
+            f"there are no results of {', '.join(missing)}. Evaluate these"
             + (", or ask for the mean of the others with --partial." if done else ".")
         )
     means = [sum(scores[m] for m in suite.tasks[t]) / len(suite.tasks[t]) for t in done]
