@@ -31,13 +31,28 @@ def load_recipe(
             problems of the recipe are named in one message.
     """
     values = {} if recipe is None else _read(Path(resolve_recipe(recipe)))
+    return check_values(kind, values, overrides, name=str(recipe or "The recipe"))
+
+
+def check_values(
+    kind: type[RecipeT],
+    values: dict[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    name: str = "The recipe",
+) -> RecipeT:
+    """The config of a recipe's values, which may be changed, with overrides on top.
+
+    Raises:
+        ConfigError: any key or value is wrong; all problems of `name` are named in one message.
+    """
     for override in overrides:
         _apply(values, override)
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         problems = "\n".join(f"  - {_describe(kind, e)}" for e in error.errors())
-        raise ConfigError(f"{recipe or 'The recipe'} has problems:\n{problems}") from error
+        raise ConfigError(f"{name} has problems:\n{problems}") from error
 
 
 def recipe_names() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -111,6 +112,11 @@ def collate(examples: Sequence[TokenExample], *, pad_id: int, family: Family) ->
     input_ids_BS, input_mask_BS = _pad(inputs, pad_id, left=family == "causal")
     target_ids_BT, target_mask_BT = _pad(targets, pad_id, left=False)
     return TokenBatch(input_ids_BS, input_mask_BS, target_ids_BT, target_mask_BT)
+
+
+def silent(batch: TokenBatch) -> TokenBatch:
+    """The same rows, none of whose target tokens counts."""
+    return dataclasses.replace(batch, target_mask_BT=torch.zeros_like(batch.target_mask_BT))
 
 
 def _pad(

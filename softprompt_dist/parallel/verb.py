@@ -76,6 +76,33 @@ class VerbParser(argparse.ArgumentParser):
             "--deepspeed_config", metavar="JSON", help="engine plumbing; decides sharding and dtype"
         )
 
+    def add_prompt_options(self) -> None:
+        """Add the options that all verbs share which have a prompt file answer rows."""
+        self.add_argument(
+            "--prompt", required=True, metavar="FILE", help="prompt file (.safetensors)"
+        )
+        self.add_argument(
+            "--task", metavar="NAME", help="a task of `softprompt tasks list` instead of the run's"
+        )
+        self.add_argument(
+            "--data",
+            metavar="PATH",
+            help="the rows: jsonl, csv, parquet, or SuperGLUE's zip or folder",
+        )
+        self.add_argument(
+            "--method", choices=("greedy", "rank"), help="how answers are found; see the recipe"
+        )
+        self.add_argument(
+            "--skip-bad-rows",
+            action="store_true",
+            help="leave out and count rows that cannot be read, instead of ending with the first",
+        )
+        self.add_argument(
+            "--force",
+            action="store_true",
+            help="accept a prompt that was tuned for another backbone",
+        )
+
     def add_run_options(self) -> None:
         """Add the options that all verbs with updates and checkpoints share."""
         self.add_argument("--steps", type=int, metavar="N", help="short for --set steps=N")

@@ -49,6 +49,8 @@ class PromptMetadata:
     """D."""
     version: str
     """Of this package."""
+    task_family: str = ""
+    """What kind of answers it gives; tasks of one family share it."""
 
 
 def save_prompt(path: str | Path, prompt_PD: Tensor, metadata: PromptMetadata) -> None:
@@ -135,7 +137,7 @@ def _read_metadata(path: Path, header: dict[str, str]) -> PromptMetadata:
 
 
 def _typed(values: Any, field: dataclasses.Field[Any]) -> Any:
-    value = values[field.name]
+    value = values.get(field.name, field.default)
     # Annotations are strings here. A whole number is a float too; a bool is no number.
     if field.type == "float" and type(value) is int:
         return float(value)

@@ -2,13 +2,15 @@
 
 runs/demo/config.yaml        the whole recipe, as run
           environment.json   versions, commit and hardware of every attempt
+          data.json          origin, size and digest of every split
           metrics.jsonl      one line per logged step
           tensorboard/       the same numbers as TensorBoard events
           prompt/            best.safetensors, the result
           checkpoints/       what a resume continues from
           predictions/       test rows with what the prompt answered
-          plots/             learning curve
+          plots/             learning curve, confusion matrix
           report.md, results.json
+          transfer.md, transfer.json, transfer/, tasks/   scores on other tasks
 """
 
 from __future__ import annotations
@@ -30,14 +32,17 @@ class RunDirectory:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
         self.environment = self.path / "environment.json"
+        self.data = self.path / "data.json"
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.prompts = self.path / "prompt"
         self.checkpoints = self.path / "checkpoints"
         self.predictions = self.path / "predictions"
+        self.untuned = self.predictions / "untuned.json"
         self.plots = self.path / "plots"
         self.report = self.path / "report.md"
         self.results = self.path / "results.json"
+        self.transfer = self.path / "transfer.md"
 
     def create(self) -> None:
         """Make the folders and try a write, long before the first save needs one; all ranks.
@@ -47,14 +52,19 @@ class RunDirectory:
         """
         ranks.on_main(lambda: self._or_machine_error(self._create))
 
-    def record(self, config_yaml: str, environment: Mapping[str, Any]) -> None:
-        """Write the recipe, and add this attempt to the environments; all ranks.
+    def record(
+        self,
+        config_yaml: str,
+        environment: Mapping[str, Any],
+        data: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write the recipe and what is known of the data, and add this attempt; all ranks.
 
         Raises:
             MachineError: on all ranks, when the files cannot be written.
         """
         ranks.on_main(
-            lambda: self._or_machine_error(lambda: self._record(config_yaml, environment))
+            lambda: self._or_machine_error(lambda: self._record(config_yaml, environment, data))
         )
 
     def _create(self) -> None:
@@ -65,8 +75,12 @@ class RunDirectory:
         replace_file(probe, b"")
         probe.unlink()
 
-    def _record(self, config_yaml: str, environment: Mapping[str, Any]) -> None:
+    def _record(
+        self, config_yaml: str, environment: Mapping[str, Any], data: Mapping[str, Any] | None
+    ) -> None:
         replace_file(self.config, config_yaml.encode())
+        if data is not None:
+            replace_file(self.data, json.dumps(data, indent=2, ensure_ascii=False).encode())
         attempts = [*self._earlier_attempts(), dict(environment)]
         replace_file(self.environment, json.dumps({"attempts": attempts}, indent=2).encode())
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,14 +13,19 @@ from torch import Tensor
 
 from softprompt_dist.backbone.base import Backbone
 from softprompt_dist.config import TuneConfig
-from softprompt_dist.data.floors import majority_class, naive_bayes
+from softprompt_dist.data.sources import SPLITS
 from softprompt_dist.errors import PromptFileError
+from softprompt_dist.metrics.results import prompt_source
 from softprompt_dist.parallel import ranks
-from softprompt_dist.prompt.file import load_prompt
+from softprompt_dist.prompt.file import PromptMetadata, load_prompt
 from softprompt_dist.prompt.module import SoftPrompt
-from softprompt_dist.run.outcome import count_correct, write_predictions
-from softprompt_dist.run.report import ScoreRow, results_table
-from softprompt_dist.run.tuning import build_bench
+from softprompt_dist.run.evaluation_report import EvaluationFiles, screen_text, write_evaluation
+from softprompt_dist.run.judgement import Evaluation, floor_predictions, judge
+from softprompt_dist.run.loaded_task import LoadedTask, Split
+from softprompt_dist.run.scoring import Prediction
+from softprompt_dist.run.tuning import Bench, build_bench
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -26,54 +34,131 @@ class ScoringRequest:
 
     prompt_file: Path
     split: str = "test"
-    output: Path | None = None
-    """Where every row's input, target and prediction go (jsonl)."""
+    max_examples: int | None = None
+    """Score a fair sample of n."""
+    folder: Path | None = None
+    """Where report, results, predictions and pictures go."""
     force: bool = False
     """Accept a prompt that was tuned for another backbone."""
 
 
 def evaluate(
     config: TuneConfig, request: ScoringRequest, ds_config: dict[str, Any] | None = None
-) -> list[str]:
-    """All ranks: predictions of a prompt on a split; rank 0 prints the score beside its floors.
+) -> list[Prediction]:
+    """All ranks: predictions of a prompt on a split; rank 0 prints the scores beside their floors.
 
     Raises:
         PromptFileError: the file is unreadable, or belongs to another backbone and not `force`.
         SoftpromptError: see `build_bench`.
     """
-    ranks.together(lambda: load_prompt(request.prompt_file))  # before any weight is read
-    bench = build_bench(config, ds_config)
-    prompt_PD = ranks.together(lambda: _prompt_for(bench.backbone, request))
-    split = bench.splits[request.split]
-    if request.split == "test":
-        split = split.sample(config.evaluation.max_test_examples)
-    predictions = bench.scorer.predict(SoftPrompt(prompt_PD).to(ranks.device()), split.tokens)
+    # Before any weight is read.
+    _, metadata = ranks.together(lambda: load_prompt(request.prompt_file))
+    bench = build_bench(config, ds_config, splits=_splits_to_read(config, request.split))
+    task = bench.task
+    if ranks.is_main():
+        warn_of_other_family(metadata, task)
+    prompt_PD = ranks.together(
+        lambda: prompt_for(bench.backbone, request.prompt_file, force=request.force)
+    )
+    prompt = SoftPrompt(prompt_PD).to(ranks.device())
+    answered = answer(bench, prompt, task, request.split, request.max_examples)
 
     def show() -> None:
-        rows = [
-            ScoreRow(name, count_correct(answers, split.texts), len(split.texts))
-            for name, answers in (
-                ("majority class", majority_class(bench.task, split.texts)),
-                ("naive Bayes", naive_bayes(bench.task, split.texts)),
-                ("tuned prompt", predictions),
-            )
-        ]
-        print(f"{bench.task.name}, {request.split}\n{results_table(rows)}", flush=True)
-        if request.output is not None:
-            write_predictions(request.output, split.texts, predictions)
+        asked = evaluation_of(bench, answered, request.prompt_file)
+        judgement = judge(asked)
+        print(f"{task.name}, {request.split}\n{screen_text(asked, judgement)}", flush=True)
+        if request.folder is not None:
+            files = EvaluationFiles.below(request.folder)
+            write_evaluation(files, asked, judgement)
+            print(f"Report: {files.report}", flush=True)
 
     ranks.on_main(show)
-    return predictions
+    return list(answered.predictions)
 
 
-def _prompt_for(backbone: Backbone, request: ScoringRequest) -> Tensor:
-    prompt_PD, _ = load_prompt(
-        request.prompt_file, backbone_fingerprint=backbone.fingerprint, force=request.force
+@dataclass(frozen=True)
+class Answered:
+    """A split of a task, and what a prompt answered to it."""
+
+    task: LoadedTask
+    split_name: str
+    split: Split
+    predictions: Sequence[Prediction]
+
+
+def answer(
+    bench: Bench, prompt: SoftPrompt, task: LoadedTask, split_name: str, count: int | None = None
+) -> Answered:
+    """All ranks: have a prompt answer a split, or a fair sample of `count` examples."""
+    split = task.splits[split_name].sample(count)
+    return Answered(task, split_name, split, bench.predict(prompt, task, split))
+
+
+def evaluation_of(
+    bench: Bench,
+    answered: Answered,
+    prompt_file: Path,
+    others: Mapping[str, Sequence[str]] | None = None,
+) -> Evaluation:
+    """What was asked and answered, beside the floors and the answers of `others`.
+
+    Raises:
+        OSError: the prompt file cannot be read.
+    """
+    task, texts = answered.task, answered.split.texts
+    generated = [prediction.text for prediction in answered.predictions]
+    floors = {
+        name: [text.strip() for text in predictions]
+        for name, predictions in floor_predictions(task.data, texts).items()
+    }
+    compared = floors | {name: task.spoken(found) for name, found in (others or {}).items()}
+    scores = [prediction.label_scores for prediction in answered.predictions]
+    return Evaluation(
+        task=task.name,
+        split=answered.split_name,
+        metrics=task.data.metrics,
+        labels=task.labels,
+        examples=[dataclasses.replace(e, target_text=e.target_text.strip()) for e in texts],
+        predictions=task.spoken(generated),
+        method=task.rule.name,
+        backbone=bench.backbone.path,
+        prompt=prompt_source(prompt_file),
+        others={name: found for name, found in compared.items() if len(found) == len(texts)},
+        generated=generated if task.translation else (),
+        label_scores=() if task.translation else scores,
     )
+
+
+def prompt_for(backbone: Backbone, prompt_file: Path, *, force: bool) -> Tensor:
+    """prompt_PD of a file, which must fit the backbone.
+
+    Raises:
+        PromptFileError: it was tuned for another backbone and not `force`, or has another width.
+    """
+    prompt_PD, _ = load_prompt(prompt_file, backbone_fingerprint=backbone.fingerprint, force=force)
     if prompt_PD.shape[1] != backbone.d_model:
         raise PromptFileError(
-            f"{request.prompt_file} holds a prompt of {prompt_PD.shape[0]} x {prompt_PD.shape[1]}, "
+            f"{prompt_file} holds a prompt of {prompt_PD.shape[0]} x {prompt_PD.shape[1]}, "
             f"but this backbone's width is {backbone.d_model}, which --force cannot change. Use "
             "the backbone it was tuned for."
         )
     return prompt_PD
+
+
+def warn_of_other_family(metadata: PromptMetadata, task: LoadedTask) -> None:
+    """Say so where a prompt was tuned for other kinds of answers than the task has."""
+    if metadata.task_family and metadata.task_family != task.data.family:
+        log.warning(
+            "The prompt was tuned for %s (%s); answers of %s are of another kind (%s), so its "
+            "score says little.",
+            metadata.task,
+            metadata.task_family,
+            task.name,
+            task.data.family,
+        )
+
+
+def _splits_to_read(config: TuneConfig, split: str) -> list[str]:
+    """The split that is scored, and train for the floors where the source has it."""
+    has_train = config.task.source.kind != "files" or config.task.source.train is not None
+    return [name for name in SPLITS if name == split or (name == "train" and has_train)]

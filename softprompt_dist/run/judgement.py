@@ -13,6 +13,8 @@ from softprompt_dist.metrics.results import PromptSource
 from softprompt_dist.metrics.scores import Scores, compare, measure
 from softprompt_dist.run.report import verdict
 
+FLOORS = ("majority class", "naive Bayes")
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -57,8 +59,8 @@ def floor_predictions(task: TaskData, examples: Sequence[Example]) -> dict[str, 
     if not task.labels or "train" not in task.splits:
         return {}
     return {
-        "majority class": majority_class(task, examples),
-        "naive Bayes": naive_bayes(task, examples),
+        FLOORS[0]: majority_class(task, examples),
+        FLOORS[1]: naive_bayes(task, examples),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +14,14 @@ import softprompt_dist
 from softprompt_dist.config import TuneConfig
 from softprompt_dist.data.batching import tokenizer_fingerprint
 from softprompt_dist.errors import CheckpointError, NonFiniteLossError
+from softprompt_dist.metrics.registry import find_metrics
 from softprompt_dist.parallel import ranks
 from softprompt_dist.parallel.equality import assert_equal_on_all_ranks
 from softprompt_dist.prompt.file import PromptMetadata, save_prompt
 from softprompt_dist.run.checkpoint import Checkpoint, CheckpointStore
 from softprompt_dist.run.directory import RunDirectory
 from softprompt_dist.run.journal import Journal
-from softprompt_dist.run.metrics import accuracy
+from softprompt_dist.run.loaded_task import LoadedTask
 from softprompt_dist.run.optimizer import (
     learning_rate_at,
     optimizer_from_tensors,
@@ -46,8 +48,9 @@ _FREE_TO_CHANGE: dict[str, Any] = {
         "offload_path",
         "activation_checkpointing",
     },
-    "batch": {"micro_batch_size"},
-    "evaluation": {"batch_tokens"},
+    "batch": {"micro_batch_size", "micro_batch_tokens"},
+    "evaluation": {"batch_tokens", "early_stopping_patience"},
+    "transfer": ...,
 }
 """Settings that a resume may change: no result depends on them (dropout's draws aside), or the
 fingerprint decides."""
@@ -60,32 +63,53 @@ class TuningState:
     best_prompt_PD: Tensor
     step: int = 0
     examples_consumed: int = 0
-    best_score: float = -1.0
+    best_score: float | None = None
+    """In percent; None before the first validation."""
     best_step: int = 0
-    untuned_correct: int = -1
-    """Correct test answers of the prompt before step 1; -1 until counted."""
+    validations_without_gain: int = 0
+    """How many in a row were no better than the best before them."""
 
 
 def tune(run: TuningRun, state: TuningState, directory: RunDirectory, journal: Journal) -> None:
     """All ranks: continue from `state` to the recipe's last step."""
     config = run.config
     store = checkpoint_store(config, directory)
-    while state.step < config.steps:
+    while state.step < config.steps and not _has_stalled(run, state):
         metrics = _update(run, state, store)
         journal.log(state.step, metrics)
         if state.step % config.evaluation.every_steps == 0 or state.step == config.steps:
             validate(run, state, directory, journal)
-        if state.step % config.checkpoint.every_steps == 0 or state.step == config.steps:
+        ends = state.step == config.steps or _has_stalled(run, state)
+        if state.step % config.checkpoint.every_steps == 0 or ends:
             save(run, state, store)
+    if state.step < config.steps:
+        journal.say(
+            f"Stopped after step {state.step}: {state.validations_without_gain} validations in a "
+            f"row were no better than {state.best_score:.1f} before them "
+            "(evaluation.early_stopping_patience)."
+        )
 
 
 def validate(run: TuningRun, state: TuningState, directory: RunDirectory, journal: Journal) -> None:
-    """All ranks: score the prompt on the validation split and keep it if it is the best so far."""
-    split = run.splits["validation"].sample(run.config.evaluation.max_validation_examples)
-    predictions = run.scorer.predict(run.prompt, split.tokens)
-    score = accuracy(predictions, [e.target_text.strip() for e in split.texts])
-    journal.log(state.step, {"accuracy": score}, kind="validation")
-    if score >= state.best_score:  # of equals the later: it has seen more
+    """All ranks: score the prompt on the validation splits and keep it if it is the best so far.
+
+    The score is the mean over the tasks of each task's own.
+    """
+    values: dict[str, float] = {}
+    scores: list[float] = []
+    for task in run.tasks:
+        split = task.splits["validation"].sample(run.config.evaluation.max_validation_examples)
+        found = task.judge(run.predict(run.prompt, task, split), split.texts)
+        prefix = f"{task.name}/" if len(run.tasks) > 1 else ""
+        values |= {prefix + name: value for name, value in found.values.items()}
+        scores.append(found.score)
+    score = sum(scores) / len(scores)
+    name = score_name(run.tasks)
+    journal.log(state.step, values if name in values else {**values, name: score}, "validation")
+    best = state.best_score
+    gained = best is None or score > best
+    state.validations_without_gain = 0 if gained else state.validations_without_gain + 1
+    if best is None or score >= best:  # of equals the later: it has seen more
         state.best_score, state.best_step = score, state.step
         state.best_prompt_PD = run.prompt.weight.detach().clone()
         ranks.on_main(lambda: publish_prompt(run, state, directory))
@@ -94,14 +118,16 @@ def validate(run: TuningRun, state: TuningState, directory: RunDirectory, journa
 def publish_prompt(run: TuningRun, state: TuningState, directory: RunDirectory) -> None:
     """Write the best prompt so far as the run's result (rank 0 only; no collective inside)."""
     prompt_PD = state.best_prompt_PD.cpu()
+    assert state.best_score is not None
     metadata = PromptMetadata(
         backbone_fingerprint=run.backbone.fingerprint,
         backbone=run.backbone.path,
         tokenizer_fingerprint=tokenizer_fingerprint(run.tokenizer),
-        task=run.task.name,
+        task="+".join(task.name for task in run.tasks),
+        task_family=run.task.data.family,
         initialisation=run.config.prompt.initialisation,
         step=state.best_step,
-        metric="accuracy",
+        metric=score_name(run.tasks),
         score=state.best_score,
         prompt_length=prompt_PD.shape[0],
         d_model=prompt_PD.shape[1],
@@ -132,10 +158,10 @@ def save(run: TuningRun, state: TuningState, store: CheckpointStore) -> None:
         "examples_consumed": state.examples_consumed,
         "best_score": state.best_score,
         "best_step": state.best_step,
-        "untuned_correct": state.untuned_correct,
+        "validations_without_gain": state.validations_without_gain,
         "prompt_sha256": digest,
         "backbone_fingerprint": run.backbone.fingerprint,
-        "data_digests": run.task.digests,
+        "data_digests": _digests(run),
         "recipe": _binding_recipe(run.config),
     }
     store.save(state.step, tensors, values)
@@ -168,7 +194,13 @@ def restore(run: TuningRun, checkpoint: Checkpoint | None) -> TuningState:
         best_prompt_PD=tensors["best_prompt"].to(run.prompt.weight.device),
         **{
             name: values[name]
-            for name in ("step", "examples_consumed", "best_score", "best_step", "untuned_correct")
+            for name in (
+                "step",
+                "examples_consumed",
+                "best_score",
+                "best_step",
+                "validations_without_gain",
+            )
         },
     )
 
@@ -194,6 +226,21 @@ def _update(run: TuningRun, state: TuningState, store: CheckpointStore) -> dict[
     return {**metrics, "learning_rate": learning_rate, "gathered_bytes": gathered}
 
 
+def score_name(tasks: Sequence[LoadedTask]) -> str:
+    """What a validation score is called: its metric, or `score` where it is a mean of several."""
+    values = [value for m in find_metrics(tasks[0].data.metrics) for value in m.gives]
+    return values[0] if len(tasks) == 1 and len(values) == 1 else "score"
+
+
+def _has_stalled(run: TuningRun, state: TuningState) -> bool:
+    patience = run.config.evaluation.early_stopping_patience
+    return patience is not None and state.validations_without_gain >= patience
+
+
+def _digests(run: TuningRun) -> dict[str, dict[str, str]]:
+    return {task.name: dict(task.data.digests) for task in run.tasks}
+
+
 def _binding_recipe(config: TuneConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude=_FREE_TO_CHANGE)
 
@@ -202,7 +249,7 @@ def _check_belongs(run: TuningRun, checkpoint: Checkpoint) -> None:
     values = checkpoint.state
     now = {
         "backbone fingerprint": run.backbone.fingerprint,
-        "data": run.task.digests,
+        "data": _digests(run),
         **_flat(_binding_recipe(run.config)),
     }
     then = {

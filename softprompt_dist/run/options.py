@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from softprompt_dist.backbone.engine import apply_engine_config, read_engine_config
 from softprompt_dist.config import TuneConfig
-from softprompt_dist.recipe import load_recipe
+from softprompt_dist.data.catalogue.registry import find_task
+from softprompt_dist.errors import ConfigError, PromptFileError
+from softprompt_dist.recipe import check_values, load_recipe
 
 
 def tune_config(options: argparse.Namespace) -> tuple[TuneConfig, dict[str, Any] | None]:
@@ -16,7 +19,50 @@ def tune_config(options: argparse.Namespace) -> tuple[TuneConfig, dict[str, Any]
     Raises:
         ConfigError: see `load_recipe` and `read_engine_config`.
     """
-    config = load_recipe(TuneConfig, options.recipe, options.overrides)
+    return _with_engine(load_recipe(TuneConfig, options.recipe, options.overrides), options)
+
+
+def prompt_config(
+    options: argparse.Namespace, *, split: str
+) -> tuple[TuneConfig, dict[str, Any] | None]:
+    """As `tune_config`, for a verb with `--prompt`: by default the config of the run that made it.
+
+    Args:
+        options: those of `VerbParser.add_recipe_options` and `add_prompt_options`.
+        split: what `--data` is, where it is a file.
+
+    Raises:
+        ConfigError: see `tune_config`; or there is no config beside the prompt and no `--recipe`.
+        PromptFileError: there is no such file.
+    """
+    prompt_file = Path(options.prompt)
+    if not prompt_file.is_file():
+        raise PromptFileError(
+            f"Prompt file {prompt_file} does not exist. A run writes its best prompt to "
+            "RUN_DIRECTORY/prompt/best.safetensors."
+        )
+    if options.recipe is None:
+        options.recipe = _config_of_run(prompt_file)
+    values = load_recipe(TuneConfig, options.recipe).model_dump(mode="json")
+    _put_task(values, options, split)
+    return _with_engine(check_values(TuneConfig, values, options.overrides), options)
+
+
+def _put_task(values: dict[str, Any], options: argparse.Namespace, split: str) -> None:
+    """Put in the task, the rows and the way of answering that the command line asks for."""
+    task = values["task"]
+    if options.task is not None and options.task != task["catalogue"]:
+        task = {"catalogue": find_task(options.task).name}
+    if options.data is not None:
+        task["source"] = _source(Path(options.data), split)
+    task["skip_bad_rows"] = task.get("skip_bad_rows", False) or options.skip_bad_rows
+    values["task"] = task
+    values["evaluation"]["method"] = options.method or values["evaluation"]["method"]
+
+
+def _with_engine(
+    config: TuneConfig, options: argparse.Namespace
+) -> tuple[TuneConfig, dict[str, Any] | None]:
     # As typed, not as YAML: a folder may be called 20261123 or null.
     run_directory = options.run_dir or config.run_directory or f"runs/{config.name}"
     engine_file = options.deepspeed_config or config.deepspeed_config
@@ -28,3 +74,20 @@ def tune_config(options: argparse.Namespace) -> tuple[TuneConfig, dict[str, Any]
     engine = read_engine_config(config.deepspeed_config)
     backbone = apply_engine_config(config.backbone, engine)
     return config.model_copy(update={"backbone": backbone}), engine
+
+
+def _source(data: Path, split: str) -> dict[str, Any]:
+    if data.is_dir() or data.suffix == ".zip":
+        return {"kind": "superglue", "path": str(data)}
+    return {"kind": "files", split: str(data)}
+
+
+def _config_of_run(prompt_file: Path) -> str:
+    """The config.yaml of the run directory that holds `prompt/best.safetensors`."""
+    config_file = prompt_file.absolute().parent.parent / "config.yaml"
+    if not config_file.is_file():
+        raise ConfigError(
+            f"{prompt_file} does not lie in a run directory (there is no {config_file}), so "
+            "the task is unknown. Name it with --recipe."
+        )
+    return str(config_file)

@@ -1,50 +1,62 @@
-"""What a finished run says: test scores beside their floors, predictions, plots."""
+"""What a finished run says: test scores beside their floors, on its tasks and on those beyond."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from pathlib import Path
 
-from softprompt_dist.data.examples import Example
-from softprompt_dist.data.floors import majority_class, naive_bayes
+from softprompt_dist.durable import replace_file
 from softprompt_dist.parallel import ranks
 from softprompt_dist.prompt.module import SoftPrompt
 from softprompt_dist.run.directory import RunDirectory
+from softprompt_dist.run.evaluation import answer, evaluation_of
+from softprompt_dist.run.evaluation_report import EvaluationFiles, screen_text, write_evaluation
 from softprompt_dist.run.journal import Journal
-from softprompt_dist.run.loop import TuningState
-from softprompt_dist.run.metrics import accuracy
-from softprompt_dist.run.report import ScoreRow, plot_learning_curve, write_report
-from softprompt_dist.run.tuning import Bench, Split, TuningRun
+from softprompt_dist.run.judgement import judge
+from softprompt_dist.run.learning_curve import plot_learning_curve
+from softprompt_dist.run.loop import TuningState, score_name
+from softprompt_dist.run.transfer import Domain, transfer_table, write_transfer
+from softprompt_dist.run.tuning import TuningRun
+
+UNTUNED = "untuned prompt"
 
 
-def test_split(run: Bench) -> Split:
-    """The examples that the run's test score counts."""
-    return run.splits["test"].sample(run.config.evaluation.max_test_examples)
-
-
-def count_correct(predictions: Sequence[str], examples: Sequence[Example]) -> int:
-    """How many predictions equal their targets (white space at the ends aside)."""
-    targets = [example.target_text.strip() for example in examples]
-    return sum(p.strip() == t for p, t in zip(predictions, targets, strict=True))
-
-
-def count_untuned(run: TuningRun) -> int:
-    """All ranks: correct test answers of the prompt as it was initialised."""
-    split = test_split(run)
-    return count_correct(run.scorer.predict(run.prompt, split.tokens), split.texts)
+def record_untuned(run: TuningRun, directory: RunDirectory) -> None:
+    """All ranks: keep what the prompt, as it was initialised, answers to the test splits."""
+    count = run.config.evaluation.max_test_examples
+    answered = [answer(run, run.prompt, task, "test", count) for task in run.tasks]
+    texts = {each.task.name: [p.text for p in each.predictions] for each in answered}
+    ranks.on_main(lambda: replace_file(directory.untuned, json.dumps(texts).encode()))
 
 
 def report_outcome(
     run: TuningRun, state: TuningState, directory: RunDirectory, journal: Journal
 ) -> None:
-    """All ranks: score the best prompt on the test split; rank 0 writes and prints the report."""
-    split = test_split(run)
+    """All ranks: score the best prompt on all test splits; rank 0 writes and prints the reports."""
     best = SoftPrompt(state.best_prompt_PD).to(run.prompt.weight.device)
-    predictions = run.scorer.predict(best, split.tokens)
-    targets = [example.target_text.strip() for example in split.texts]
-    journal.log(state.step, {"accuracy": accuracy(predictions, targets)}, kind="test")
-    ranks.on_main(lambda: _write(run, state, directory, journal, predictions))
+    count = run.config.evaluation.max_test_examples
+    own = [answer(run, best, task, "test", count) for task in run.tasks]
+    elsewhere = [answer(run, best, task, name) for task in run.transfers for name in task.splits]
+
+    def write() -> None:
+        untuned = _untuned_answers(directory)
+        domains = []
+        for answered in (*own, *elsewhere):
+            found = untuned.get(answered.task.name) if answered in own else None
+            others = {} if found is None else {UNTUNED: found}
+            asked = evaluation_of(run, answered, directory.prompts / "best.safetensors", others)
+            domains.append(Domain(asked, judge(asked), is_tuned=answered in own))
+        _write(run, state, directory, journal, domains)
+
+    ranks.on_main(write)
+
+
+def _untuned_answers(directory: RunDirectory) -> dict[str, list[str]]:
+    """Those of `record_untuned`; none where somebody has removed the file."""
+    try:
+        answers: dict[str, list[str]] = json.loads(directory.untuned.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return answers
 
 
 def _write(
@@ -52,41 +64,29 @@ def _write(
     state: TuningState,
     directory: RunDirectory,
     journal: Journal,
-    predictions: list[str],
+    domains: list[Domain],
 ) -> None:
-    split = test_split(run)
-    total = len(split.texts)
-    rows = [
-        ScoreRow(
-            "majority class",
-            count_correct(majority_class(run.task, split.texts), split.texts),
-            total,
-        ),
-        ScoreRow(
-            "naive Bayes", count_correct(naive_bayes(run.task, split.texts), split.texts), total
-        ),
-        ScoreRow("untuned prompt", state.untuned_correct, total),
-        ScoreRow("tuned prompt", count_correct(predictions, split.texts), total),
-    ]
-    write_predictions(directory.predictions / "test.jsonl", split.texts, predictions)
-    floors = {f"{row.name} (test)": row.accuracy for row in rows[:2]}
-    plot = directory.plots / "learning_curve.png"
-    plot_learning_curve(directory.metrics, floors, plot)
-    journal.say(
-        "\n" + write_report(directory, rows, title=f"{run.config.name}: {run.task.name}, test")
+    own, *others = domains
+    floors = {f"{name} (test)": own.judgement.scores[name].score for name in own.floors}
+    curve = directory.plots / "learning_curve.png"
+    plot_learning_curve(directory.metrics, floors, curve, score=score_name(run.tasks))
+    files = EvaluationFiles(
+        directory.report,
+        directory.results,
+        directory.predictions / "test.jsonl",
+        directory.plots / "confusion.png",
     )
+    write_evaluation(files, own.evaluation, own.judgement, {"Learning curve": curve})
+    for domain in others:
+        write_evaluation(
+            EvaluationFiles.below(directory.path / domain.folder),
+            domain.evaluation,
+            domain.judgement,
+        )
+    journal.log(state.step, own.judgement.subject.values, kind="test")
+    journal.say(f"\n{own.title}\n\n{screen_text(own.evaluation, own.judgement)}")
+    if others:
+        write_transfer(directory.transfer, domains)
+        journal.say(f"\n{transfer_table(domains)}")
     journal.say(f"Best prompt (step {state.best_step}): {directory.prompts / 'best.safetensors'}")
-    journal.say(f"Learning curve: {plot}")
-
-
-def write_predictions(path: Path, examples: Sequence[Example], predictions: Sequence[str]) -> None:
-    """One JSON object a row: input, target, prediction."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        for example, prediction in zip(examples, predictions, strict=True):
-            row = {
-                "input": example.input_text,
-                "target": example.target_text.strip(),
-                "prediction": prediction,
-            }
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    journal.say(f"Learning curve: {curve}")

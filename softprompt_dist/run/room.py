@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,10 +21,10 @@ from softprompt_dist.parallel import ranks
 from softprompt_dist.parallel.join import local_world_size
 
 if TYPE_CHECKING:
-    from softprompt_dist.run.tuning import Split
+    from softprompt_dist.run.loaded_task import LoadedTask
 
 
-def assert_room(config: TuneConfig, folder: Path, splits: Mapping[str, Split]) -> None:
+def assert_room(config: TuneConfig, folder: Path, tasks: Sequence[LoadedTask]) -> None:
     """Refuse a device or a machine without room for the backbone and the longest examples.
 
     Raises:
@@ -35,12 +35,14 @@ def assert_room(config: TuneConfig, folder: Path, splits: Mapping[str, Split]) -
         architecture = architecture_of(config.backbone.path, raw)
     except BackboneError:
         return  # not every architecture that can be loaded can be predicted
-    examples = [example for split in splits.values() for example in split.tokens]
+    tokens = [split.tokens for task in tasks for split in task.splits.values()]
+    input_length = max(int(table.input_lengths.max()) for table in tokens)
+    target_length = max(int(table.target_lengths.max()) for table in tokens)
     workload = Workload(
-        micro_batch=config.batch.micro_batch_size,
+        micro_batch=_rows(config, input_length + target_length),
         prompt_length=config.prompt.prompt_length,
-        input_length=max(len(example.input_ids) for example in examples),
-        target_length=max(len(example.target_ids) for example in examples),
+        input_length=input_length,
+        target_length=target_length,
     )
     gpus_per_node = local_world_size(os.environ) if ranks.world_size() > 1 else 1
     cluster = Cluster(gpus_per_node, ranks.world_size() // gpus_per_node)
@@ -59,3 +61,11 @@ def assert_room(config: TuneConfig, folder: Path, splits: Mapping[str, Split]) -
             "batch.micro_batch_size, or hold the backbone in fewer bytes (`softprompt plan` shows "
             "what fits)."
         )
+
+
+def _rows(config: TuneConfig, length: int) -> int:
+    """Rows of the longest examples in a micro-batch."""
+    budget = config.batch.micro_batch_tokens
+    if budget is None:
+        return config.batch.micro_batch_size
+    return max(1, budget // (config.prompt.prompt_length + length))

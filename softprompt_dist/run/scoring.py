@@ -41,6 +41,13 @@ class AnswerRule:
     length_normalisation: Literal["none", "tokens", "characters"] = "none"
 
     @property
+    def name(self) -> str:
+        """As reports call it."""
+        if self.method == "greedy" or self.length_normalisation == "none":
+            return self.method
+        return f"{self.method} (log-probability per {self.length_normalisation[:-1]})"
+
+    @property
     def positions(self) -> int:
         """Target positions that a row takes."""
         if self.method == "greedy":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from softprompt_dist.run.directory import RunDirectory
 from softprompt_dist.run.environment import describe_environment
 from softprompt_dist.run.journal import Journal
 from softprompt_dist.run.loop import checkpoint_store, publish_prompt, restore, tune, validate
-from softprompt_dist.run.outcome import count_untuned, report_outcome
+from softprompt_dist.run.outcome import record_untuned, report_outcome
 from softprompt_dist.run.tuning import TuningRun, build_tuning_run
 
 
@@ -44,15 +45,15 @@ def train(
         ranks.together(lambda: _refuse_to_start(directory))
     run = build_tuning_run(config, ds_config)
     state = restore(run, checkpoint)
-    if state.best_score >= 0:
+    if state.best_score is not None:
         # An attempt that was killed may have published a prompt of steps that are now redone.
         ranks.on_main(lambda: publish_prompt(run, state, directory))
     # Only once the checkpoint has been found to belong to this recipe.
-    directory.record(to_yaml(config), describe_environment())
+    directory.record(to_yaml(config), describe_environment(), _data_records(run))
     with Journal(directory, config.steps, start_step=state.step) as journal:
         journal.say(_headline(run, state.step))
         if state.step == 0:
-            state.untuned_correct = count_untuned(run)
+            record_untuned(run, directory)
             validate(run, state, directory, journal)
         tune(run, state, directory, journal)
         assert_unchanged(run.backbone, run.backbone_checksum)
@@ -66,6 +67,17 @@ def _refuse_to_start(directory: RunDirectory) -> None:
     )
 
 
+def _data_records(run: TuningRun) -> dict[str, Any]:
+    """Where each split of each task comes from, and its digest."""
+    return {
+        task.name: {
+            split: {**dataclasses.asdict(record), "examples_sha256": task.data.digests[split]}
+            for split, record in task.data.records.items()
+        }
+        for task in (*run.tasks, *run.transfers)
+    }
+
+
 def _headline(run: TuningRun, step: int) -> str:
     config = run.config
     start = f"resuming after step {step}" if step else "starting"
@@ -75,6 +87,9 @@ def _headline(run: TuningRun, step: int) -> str:
         "dtype": config.backbone.dtype,
         "ranks": ranks.world_size(),
         "prompt": f"{config.prompt.prompt_length} x {run.backbone.d_model}",
-        "examples": {name: len(split.texts) for name, split in run.splits.items()},
+        "examples": {
+            task.name: {name: len(split.texts) for name, split in task.splits.items()}
+            for task in run.tasks
+        },
     }
     return f"{config.name}: {start}, {config.steps} steps. " + json.dumps(facts)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,94 +21,96 @@ from softprompt_dist.backbone.load import (
     locate_backbone,
 )
 from softprompt_dist.config import TuneConfig
-from softprompt_dist.data.batching import Family, TokenBatch, TokenExample, collate, tokenise
-from softprompt_dist.data.examples import Example
-from softprompt_dist.data.order import ExampleOrder
-from softprompt_dist.data.tasks import TaskData, load_task
+from softprompt_dist.data.batching import TokenBatch, TokenExample, collate, silent
+from softprompt_dist.data.bucketing import MicroBatchLimit, dealt, micro_batches_by_length
+from softprompt_dist.data.mixture import MixtureOrder, mixing_rates
+from softprompt_dist.data.sources import SPLITS
 from softprompt_dist.errors import ConfigError, DataError, InvariantError
 from softprompt_dist.parallel import ranks
 from softprompt_dist.parallel.equality import assert_equal_on_all_ranks, assert_same_on_all_ranks
 from softprompt_dist.prompt.initialise import initialise_prompt
 from softprompt_dist.prompt.module import SoftPrompt
+from softprompt_dist.run.loaded_task import LoadedTask, Split, TextReader, read_task
 from softprompt_dist.run.optimizer import build_optimizer
 from softprompt_dist.run.room import assert_room
-from softprompt_dist.run.scoring import LabelSet, Scorer, pad_id_of
-
-log = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Split:
-    """Examples of one split, as text and as tokens."""
-
-    texts: tuple[Example, ...]
-    tokens: tuple[TokenExample, ...]
-
-    def sample(self, count: int | None) -> Split:
-        """`count` examples, or all: the same ones in every run, wherever they stand in the source.
-
-        Not the first ones: many sources are sorted by label.
-        """
-        if count is None or count >= len(self.texts):
-            return self
-        indices = ExampleOrder(len(self.texts), seed=0).indices(0, count)
-        return Split(tuple(self.texts[i] for i in indices), tuple(self.tokens[i] for i in indices))
+from softprompt_dist.run.scoring import Prediction, Scorer, pad_id_of
+from softprompt_dist.run.transfer import transfer_target
 
 
 @dataclass(frozen=True)
 class Bench:
-    """A checked recipe with its data and frozen backbone: all that scoring a prompt takes."""
+    """A checked recipe with its tasks and frozen backbone: all that scoring a prompt takes."""
 
     config: TuneConfig
-    task: TaskData
-    tokenizer: PreTrainedTokenizerBase
-    splits: dict[str, Split]
+    reader: TextReader
+    tasks: tuple[LoadedTask, ...]
+    """The recipe's task, then those of its mixture; none where texts come from elsewhere."""
     backbone: Backbone
     scorer: Scorer
+    transfers: tuple[LoadedTask, ...] = ()
+    """What the tuned prompt is scored on besides, each with one split."""
+
+    @property
+    def task(self) -> LoadedTask:
+        """The recipe's."""
+        return self.tasks[0]
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The backbone's."""
+        return self.reader.tokenizer
+
+    def predict(self, prompt: SoftPrompt, task: LoadedTask, split: Split) -> list[Prediction]:
+        """All ranks: what the prompt answers to a split of the task."""
+        return self.scorer.predict(prompt, split.tokens, task.rule)
 
 
 @dataclass(frozen=True)
 class TuningRun(Bench):
     """A bench with a prompt on it. Only `prompt` (and its optimizer's state) ever changes."""
 
-    prompt: SoftPrompt
-    optimizer: torch.optim.Optimizer
-    backbone_checksum: str
-
-    @property
-    def accumulation_steps(self) -> int:
-        """Micro-batches per rank in one update."""
-        batch = self.config.batch
-        return batch.global_batch_size // (batch.micro_batch_size * ranks.world_size())
+    prompt: SoftPrompt = field(kw_only=True)
+    optimizer: torch.optim.Optimizer = field(kw_only=True)
+    order: MixtureOrder = field(kw_only=True)
+    """Of the training examples of all tasks."""
+    backbone_checksum: str = field(kw_only=True)
 
     def batches(self, examples_consumed: int) -> list[TokenBatch]:
         """This rank's micro-batches of the global batch that starts at `examples_consumed`.
 
         Which examples make the global batch does not depend on the ranks. Within it, examples of
         about one length make a micro-batch, so that it holds little padding; micro-batches of about
-        one length are computed at a time, and dealt back and forth, so that the ranks end together.
+        one size are computed at a time, and dealt back and forth, so that the ranks end together.
+        Every rank has as many; one may be a row that counts nothing.
         """
-        train = self.splits["train"].tokens
-        size = self.config.batch.micro_batch_size
-        order = ExampleOrder(len(train), self.config.seed)
-        indices = order.indices(examples_consumed, self.config.batch.global_batch_size)
-        indices.sort(key=lambda index: len(train[index].input_ids), reverse=True)
-        micro_batches = [indices[start : start + size] for start in range(0, len(indices), size)]
-        return [self._collate([train[i] for i in chosen]) for chosen in dealt(micro_batches)]
+        size = self.config.batch.global_batch_size
+        rows = [
+            self.tasks[task].splits["train"].tokens[index]
+            for task, index in self.order.pairs(examples_consumed, size)
+        ]
+        micro_batches = micro_batches_by_length(
+            [len(row.input_ids) for row in rows],
+            [len(row.target_ids) for row in rows],
+            self._limit,
+            ranks.world_size(),
+        )
+        mine = dealt(micro_batches, ranks.rank(), ranks.world_size())
+        return [self._collate([rows[i] for i in chosen]) for chosen in mine]
 
-    def _collate(self, examples: list[TokenExample]) -> TokenBatch:
-        batch = collate(examples, pad_id=pad_id_of(self.tokenizer), family=self.backbone.family)
-        return batch.to(ranks.device())
+    @property
+    def _limit(self) -> MicroBatchLimit:
+        batch = self.config.batch
+        if batch.micro_batch_tokens is None:
+            return MicroBatchLimit(rows=batch.micro_batch_size)
+        length = self.config.prompt.prompt_length
+        return MicroBatchLimit(positions=batch.micro_batch_tokens, prompt_length=length)
 
-
-def dealt(micro_batches: Sequence[T]) -> list[T]:
-    """This rank's share of the longest-first micro-batches: one of each round, back and forth."""
-    rank, world_size = ranks.rank(), ranks.world_size()
-    rounds = range(0, len(micro_batches), world_size)
-    places = (rank if turn % 2 == 0 else world_size - 1 - rank for turn in range(len(rounds)))
-    return [micro_batches[start + place] for start, place in zip(rounds, places, strict=True)]
+    def _collate(self, rows: Sequence[TokenExample]) -> TokenBatch:
+        pad_id, family = pad_id_of(self.tokenizer), self.backbone.family
+        if rows:
+            return collate(rows, pad_id=pad_id, family=family).to(ranks.device())
+        anything = self.task.splits["train"].tokens[0]
+        return silent(collate([anything], pad_id=pad_id, family=family)).to(ranks.device())
 
 
 def check_world(config: TuneConfig | AdaptConfig, world_size: int) -> None:
@@ -118,6 +120,8 @@ def check_world(config: TuneConfig | AdaptConfig, world_size: int) -> None:
         ConfigError: with the micro-batch sizes and world sizes that would work.
     """
     batch = config.batch
+    if getattr(batch, "micro_batch_tokens", None) is not None:
+        return
     per_update = batch.micro_batch_size * world_size
     if batch.global_batch_size % per_update:
         multiple = -(-batch.global_batch_size // per_update) * per_update
@@ -130,34 +134,64 @@ def check_world(config: TuneConfig | AdaptConfig, world_size: int) -> None:
 
 
 def build_bench(
-    config: TuneConfig, ds_config: dict[str, Any] | None = None, *, for_tuning: bool = False
+    config: TuneConfig,
+    ds_config: dict[str, Any] | None = None,
+    *,
+    splits: Sequence[str] | None = SPLITS,
+    for_tuning: bool = False,
 ) -> Bench:
-    """All ranks: data, tokenizer and frozen backbone of a recipe.
+    """All ranks: tasks, tokenizer and frozen backbone of a recipe.
 
     Args:
         config: the checked recipe.
         ds_config: engine plumbing, or None for ours.
-        for_tuning: refuse a machine without room for a step of tuning.
+        splits: of the recipe's task; None for no task at all.
+        for_tuning: the tasks of the mixture too, those to transfer to, and refuse a machine without
+            room for a step of tuning.
 
     Raises:
         SoftpromptError: anything in the recipe, data, backbone or machine that cannot work.
     """
-    # Rank 0 fetches what the source needs once; the others find it in the cache.
-    ranks.on_main(lambda: bool(load_task(config.task)))
-    task = ranks.together(lambda: load_task(config.task))
-    folder = locate_backbone(config.backbone)
-    tokenizer = ranks.together(lambda: load_tokenizer(folder))
-    family = ranks.together(lambda: family_of(folder))
-    splits, labels = ranks.together(lambda: _all_tokens(config, task, tokenizer, family))
+    texts = _read_texts(config, splits, for_tuning=for_tuning)
     if for_tuning:
-        ranks.together(lambda: assert_room(config, folder, splits))
-    assert_same_on_all_ranks(task.digests, "The data")
+        ranks.together(lambda: assert_room(config, texts.folder, texts.tasks))
     backbone = load_backbone(config.backbone, ds_config)
     assert_same_on_all_ranks(backbone.fingerprint, "The backbone's fingerprint")
-    ranks.together(lambda: _check_positions(config, backbone, splits))
-    evaluation = config.evaluation
-    scorer = Scorer(backbone, tokenizer, labels, evaluation.method, evaluation.batch_tokens)
-    return Bench(config, task, tokenizer, splits, backbone, scorer)
+    ranks.together(lambda: _check_positions(config, backbone, [*texts.tasks, *texts.transfers]))
+    scorer = Scorer(backbone, texts.reader.tokenizer, config.evaluation.batch_tokens)
+    return Bench(config, texts.reader, texts.tasks, backbone, scorer, texts.transfers)
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """What a bench reads before any weight."""
+
+    folder: Path
+    reader: TextReader
+    tasks: tuple[LoadedTask, ...]
+    transfers: tuple[LoadedTask, ...]
+
+
+def _read_texts(config: TuneConfig, splits: Sequence[str] | None, *, for_tuning: bool) -> _Texts:
+    configs = [] if splits is None else [config.task]
+    configs += config.mixture.tasks if for_tuning else []
+    transfers = config.transfer if for_tuning else []
+    # Rows before the backbone, which may take long to fetch: what is wrong with them is said first.
+    data = [read_task(task, splits or SPLITS) for task in configs]
+    elsewhere = [read_task(transfer.task, (transfer.split,)) for transfer in transfers]
+    folder = locate_backbone(config.backbone)
+    tokenizer = ranks.together(lambda: load_tokenizer(folder))
+    reader = TextReader(config, tokenizer, ranks.together(lambda: family_of(folder)))
+    tasks = tuple(reader.load(task, texts) for task, texts in zip(configs, data, strict=True))
+    return _Texts(
+        folder,
+        reader,
+        tasks,
+        tuple(
+            transfer_target(reader, tasks[0], transfer, texts)
+            for transfer, texts in zip(transfers, elsewhere, strict=True)
+        ),
+    )
 
 
 def build_tuning_run(config: TuneConfig, ds_config: dict[str, Any] | None = None) -> TuningRun:
@@ -170,10 +204,12 @@ def build_tuning_run(config: TuneConfig, ds_config: dict[str, Any] | None = None
     bench = build_bench(config, ds_config, for_tuning=True)
     torch.manual_seed(config.seed + ranks.rank())
     prompt = SoftPrompt(_initial_prompt(bench)).to(ranks.device())
+    num_examples = [len(task.splits["train"].texts) for task in bench.tasks]
     run = TuningRun(
         **vars(bench),
         prompt=prompt,
         optimizer=build_optimizer(config.optimizer, [prompt.weight]),
+        order=MixtureOrder(num_examples, mixing_rates(num_examples, config.mixture), config.seed),
         backbone_checksum=local_checksum(bench.backbone),
     )
     ranks.together(lambda: assert_only_prompt_trains(run))
@@ -196,19 +232,13 @@ def assert_only_prompt_trains(run: TuningRun) -> None:
         )
 
 
-def _all_tokens(
-    config: TuneConfig, task: TaskData, tokenizer: PreTrainedTokenizerBase, family: Family
-) -> tuple[dict[str, Split], LabelSet]:
-    splits = {
-        name: _tokenised(config, tokenizer, family, name, getattr(task, name))
-        for name in ("train", "validation", "test")
-    }
-    return splits, _label_set(config, task, tokenizer, family)
-
-
-def _check_positions(config: TuneConfig, backbone: Backbone, splits: dict[str, Split]) -> None:
-    examples = [example for split in splits.values() for example in split.tokens]
-    longest = max(len(e.input_ids) + len(e.target_ids) for e in examples)
+def _check_positions(config: TuneConfig, backbone: Backbone, tasks: Sequence[LoadedTask]) -> None:
+    splits = [split for task in tasks for split in task.splits.values()]
+    if not splits:
+        return
+    longest = max(
+        int((split.tokens.input_lengths + split.tokens.target_lengths).max()) for split in splits
+    )
     needed = config.prompt.prompt_length + longest
     limit = backbone.max_positions
     if limit is not None and needed > limit:
@@ -220,42 +250,6 @@ def _check_positions(config: TuneConfig, backbone: Backbone, splits: dict[str, S
         )
 
 
-def _tokenised(
-    config: TuneConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    family: Family,
-    name: str,
-    examples: tuple[Example, ...],
-) -> Split:
-    result = tokenise(
-        examples,
-        tokenizer,
-        family=family,
-        max_input_tokens=config.backbone.max_input_tokens,
-        append_eos=config.task.append_eos,
-    )
-    if result.num_truncated and ranks.is_main():
-        log.warning(
-            "%d of %d %s inputs are longer than backbone.max_input_tokens=%d and were cut.",
-            result.num_truncated,
-            len(examples),
-            name,
-            config.backbone.max_input_tokens,
-        )
-    return Split(texts=examples, tokens=tuple(result.examples))
-
-
-def _label_set(
-    config: TuneConfig, task: TaskData, tokenizer: PreTrainedTokenizerBase, family: Family
-) -> LabelSet:
-    examples = tuple(Example(input_text=label, target_text=label) for label in task.labels)
-    tokens = _tokenised(config, tokenizer, family, "label", examples).tokens
-    return LabelSet(
-        texts=tuple(label.strip() for label in task.labels),
-        ids=tuple(tuple(example.target_ids) for example in tokens),
-    )
-
-
 def _initial_prompt(bench: Bench) -> Tensor:
     """Drawn once on every rank, then rank 0's is taken by all."""
     initial_PD = initialise_prompt(
@@ -263,7 +257,7 @@ def _initial_prompt(bench: Bench) -> Tensor:
         embed=bench.backbone.embed,
         vocabulary_size=bench.backbone.vocabulary_size,
         encode=lambda text: bench.tokenizer.encode(text, add_special_tokens=False),
-        labels=bench.task.labels,
+        labels=tuple(dict.fromkeys(x for task in bench.tasks for x in task.data.labels)),
         d_model=bench.backbone.d_model,
         generator=torch.Generator().manual_seed(bench.config.seed),
         backbone_fingerprint=bench.backbone.fingerprint,

@@ -1,0 +1,203 @@
+"""A task as runs use it: its examples as text and as tokens, and how answers are found and judged.
+
+Functions that say "all ranks" hold collectives.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedTokenizerBase
+
+from softprompt_dist.config import EvaluationConfig, TuneConfig
+from softprompt_dist.data.batching import Family, tokenise
+from softprompt_dist.data.examples import Example
+from softprompt_dist.data.order import ExampleOrder
+from softprompt_dist.data.tasks import TaskData, load_task
+from softprompt_dist.data.token_cache import tokens_of
+from softprompt_dist.data.token_table import TokenTable
+from softprompt_dist.errors import ConfigError
+from softprompt_dist.metrics.answer import Answer
+from softprompt_dist.metrics.answer_text import translate
+from softprompt_dist.metrics.registry import find_metrics
+from softprompt_dist.metrics.scores import Scores, measure
+from softprompt_dist.parallel import ranks
+from softprompt_dist.parallel.equality import assert_same_on_all_ranks
+from softprompt_dist.run.scoring import AnswerRule, LabelSet, Prediction
+from softprompt_dist.task_config import TaskConfig
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Examples of one split, as text and as tokens."""
+
+    texts: Sequence[Example]
+    tokens: TokenTable
+
+    def sample(self, count: int | None) -> Split:
+        """About `count` examples, or all: the same in every run, wherever they are in the source.
+
+        Not the first ones: many sources are sorted by label. Examples that are judged together
+        (those of a question, facts["group"]) are taken together, so there may be a few more.
+        """
+        if count is None or count >= len(self.texts):
+            return self
+        groups: dict[str, list[int]] = {}
+        for index, example in enumerate(self.texts):
+            groups.setdefault(str(example.facts.get("group", f"alone {index}")), []).append(index)
+        members = list(groups.values())
+        chosen: list[int] = []
+        for group in ExampleOrder(len(members), seed=0).indices(0, len(members)):
+            chosen += members[group]
+            if len(chosen) >= count:
+                break
+        return Split(
+            [self.texts[index] for index in chosen],
+            TokenTable.of([self.tokens[index] for index in chosen]),
+        )
+
+
+@dataclass(frozen=True)
+class LoadedTask:
+    """A task's data in those splits that were asked for, and its rules."""
+
+    config: TaskConfig
+    data: TaskData
+    splits: Mapping[str, Split]
+    rule: AnswerRule
+    translation: Mapping[str, str] = field(default_factory=dict)
+    """What texts in answers mean for this task."""
+
+    @property
+    def name(self) -> str:
+        """The task's."""
+        return self.data.name
+
+    def spoken(self, texts: Sequence[str]) -> list[str]:
+        """Answers in this task's words; white space at the ends does not count."""
+        return [translate(text.strip(), self.translation) for text in texts]
+
+    def judge(
+        self,
+        predictions: Sequence[Prediction],
+        examples: Sequence[Example],
+        *,
+        num_resamples: int = 0,
+    ) -> Scores:
+        """Scores by the task's own metrics; see `measure`."""
+        texts = self.spoken([prediction.text for prediction in predictions])
+        answers = [
+            Answer(text, example.target_text.strip(), example.facts)
+            for text, example in zip(texts, examples, strict=True)
+        ]
+        return measure(self.data.metrics, answers, self.labels, num_resamples=num_resamples)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The label set as answers spell it."""
+        return tuple(label.strip() for label in self.data.labels)
+
+
+def read_task(config: TaskConfig, splits: Sequence[str]) -> TaskData:
+    """All ranks: a task's rows as text, the same on every rank.
+
+    Raises:
+        SoftpromptError: see `load_task`; or the ranks have read different rows.
+    """
+    found: list[TaskData] = []
+    # Rank 0 fetches what the source needs once; the others find it in the cache.
+    ranks.on_main(lambda: found.append(load_task(config, splits)))
+    data = ranks.together(lambda: found[0] if found else load_task(config, splits))
+    assert_same_on_all_ranks(dict(data.digests), f"The data of task {data.name}")
+    return data
+
+
+@dataclass(frozen=True)
+class TextReader:
+    """How a run turns text to tokens, and answers to rules."""
+
+    config: TuneConfig
+    tokenizer: PreTrainedTokenizerBase
+    family: Family
+
+    def load(
+        self, config: TaskConfig, data: TaskData, translation: Mapping[str, str] | None = None
+    ) -> LoadedTask:
+        """All ranks: a task's examples as tokens, and its rules.
+
+        Raises:
+            SoftpromptError: see `tokenise`; or the way of finding answers does not suit the task.
+        """
+        splits = {name: self._tokens(config, name, texts) for name, texts in data.splits.items()}
+        rule = ranks.together(lambda: self._rule(config, data, splits))
+        return LoadedTask(config, data, splits, rule, translation or {})
+
+    def _tokens(self, task: TaskConfig, split: str, examples: Sequence[Example]) -> Split:
+        table = tokens_of(
+            examples,
+            self.tokenizer,
+            family=self.family,
+            max_input_tokens=self.config.backbone.max_input_tokens,
+            append_eos=task.append_eos,
+        )
+        if table.num_truncated and ranks.is_main():
+            log.warning(
+                "%d of %d %s inputs of %s are longer than backbone.max_input_tokens=%d and were "
+                "cut.",
+                table.num_truncated,
+                len(examples),
+                split,
+                task.name,
+                self.config.backbone.max_input_tokens,
+            )
+        return Split(examples, table)
+
+    def _rule(self, task: TaskConfig, data: TaskData, splits: Mapping[str, Split]) -> AnswerRule:
+        find_metrics(data.metrics, data.labels)
+        evaluation = self.config.evaluation
+        labels = self.label_set(task, data.labels)
+        check_method(evaluation, task, data.labels)
+        longest = max(
+            [len(ids) for ids in labels.ids]
+            + [int(split.tokens.target_lengths.max()) for split in splits.values()]
+        )
+        return AnswerRule(
+            evaluation.method,
+            labels,
+            evaluation.max_target_tokens or longest,
+            evaluation.length_normalisation,
+        )
+
+    def label_set(self, task: TaskConfig, labels: Sequence[str]) -> LabelSet:
+        """The label strings as answers spell them, with the ids of the target texts."""
+        tokens = tokenise(
+            [Example(label, label) for label in labels],
+            self.tokenizer,
+            family=self.family,
+            max_input_tokens=self.config.backbone.max_input_tokens,
+            append_eos=task.append_eos,
+        ).examples
+        texts = tuple(label.strip() for label in labels)
+        return LabelSet(texts, tuple(example.target_ids for example in tokens))
+
+
+def check_method(evaluation: EvaluationConfig, task: TaskConfig, labels: Sequence[str]) -> None:
+    """Refuse a way of finding answers that a task has no use for.
+
+    Raises:
+        ConfigError: rank without a label set, or greedy without an end of answers.
+    """
+    if evaluation.method == "rank" and not labels:
+        raise ConfigError(
+            f"evaluation.method is 'rank', which chooses among labels, but answers of task "
+            f"{task.name!r} are free text. Set evaluation.method=greedy."
+        )
+    if evaluation.method == "greedy" and not task.append_eos:
+        raise ConfigError(
+            f"evaluation.method is 'greedy' and append_eos of task {task.name!r} is false, so no "
+            "answer would ever end. Set evaluation.method=rank or append_eos: true."
+        )

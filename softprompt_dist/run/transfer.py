@@ -1,0 +1,117 @@
+"""Zero-shot transfer: a tuned prompt on tasks that it was not tuned for (the paper's section 5)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from softprompt_dist.data.tasks import TaskData
+from softprompt_dist.durable import replace_file
+from softprompt_dist.metrics.table import markdown_table
+from softprompt_dist.run.evaluation_report import evaluation_result
+from softprompt_dist.run.judgement import FLOORS, Evaluation, Judgement
+from softprompt_dist.run.loaded_task import LoadedTask, TextReader
+from softprompt_dist.run.report import interval_text
+from softprompt_dist.task_config import TransferConfig
+
+
+def transfer_target(
+    reader: TextReader, tuned: LoadedTask, transfer: TransferConfig, data: TaskData
+) -> LoadedTask:
+    """All ranks: another task's split, answered in the words of the task `tuned` where they differ.
+
+    Raises:
+        SoftpromptError: see `TextReader.load`.
+    """
+    target = reader.load(transfer.task, data, transfer.translate)
+    splits = {name: split.sample(transfer.max_examples) for name, split in target.splits.items()}
+    # A prompt answers with the labels that it was tuned on; what they mean here is said by
+    # `translate`. Without that, both tasks have the same words.
+    rule = tuned.rule if transfer.translate else target.rule
+    return dataclasses.replace(target, splits=splits, rule=rule)
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A task as the tuned prompt answered it."""
+
+    evaluation: Evaluation
+    judgement: Judgement
+    is_tuned: bool
+    """Whether the prompt was tuned for it."""
+
+    @property
+    def title(self) -> str:
+        """Task and split."""
+        return f"{self.evaluation.task}, {self.evaluation.split}"
+
+    @property
+    def folder(self) -> str:
+        """Where its own report lies, below the run's directory."""
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", self.evaluation.task).strip(".-") or "task"
+        return f"{'tasks' if self.is_tuned else 'transfer'}/{name}-{self.evaluation.split}"
+
+    @property
+    def floors(self) -> list[str]:
+        """The floors that it was compared with."""
+        return [name for name in FLOORS if name in self.judgement.scores]
+
+    @property
+    def score(self) -> float:
+        """In percent."""
+        return self.judgement.subject.score
+
+
+def transfer_table(domains: Sequence[Domain]) -> str:
+    """Markdown table: in-domain first, then each other task with its drop from there in points."""
+    home = _home_score(domains)
+    rows = []
+    for domain in domains:
+        subject = domain.judgement.subject
+        floor = domain.judgement.scores.get(FLOORS[0])
+        rows.append(
+            (
+                domain.title,
+                "tuned for" if domain.is_tuned else "zero-shot",
+                "" if floor is None else f"{floor.score:.1f}",
+                f"{subject.score:.1f}",
+                "" if subject.score_interval is None else interval_text(subject.score_interval),
+                "" if domain.is_tuned else f"{home - subject.score:.1f}",
+                str(subject.num_answers),
+            )
+        )
+    header = ("task", "", FLOORS[0], "score", "95 % interval", "drop", "n")
+    return markdown_table(header, rows)
+
+
+def write_transfer(path: Path, domains: Sequence[Domain]) -> None:
+    """Write the table as Markdown, and all results beside it as JSON.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    home = _home_score(domains)
+    text = (
+        f"# Zero-shot transfer\n\n{transfer_table(domains)}\n\nScores in percent: the mean of a "
+        "task's metrics. The drop is from the mean score of the tasks tuned for, in points.\n"
+    )
+    results = [
+        {
+            "tuned_for": domain.is_tuned,
+            "drop": None if domain.is_tuned else home - domain.score,
+            **evaluation_result(domain.evaluation, domain.judgement).model_dump(mode="json"),
+        }
+        for domain in domains
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, text.encode())
+    replace_file(path.with_suffix(".json"), (json.dumps(results, indent=2) + "\n").encode())
+
+
+def _home_score(domains: Sequence[Domain]) -> float:
+    scores = [domain.score for domain in domains if domain.is_tuned]
+    return sum(scores) / len(scores)
