@@ -72,7 +72,7 @@ def check_task(config: TaskConfig) -> Finding:
     """Rows of local files are read as a run would read them, if they are not too many."""
     source = config.source
     if source.kind == "hub":
-        return _tried("task", lambda: _dataset(str(source.name), source.revision))
+        return _tried("task", lambda: _hub_rows(config))
     if source.kind == "vader":
         return Finding("task", "ok", f"vader {source.name}: fetched when a run first starts")
     return _tried("task", lambda: _rows(config))
@@ -131,10 +131,19 @@ def _tokenizer(folder: Path) -> str:
     return f"{len(load_tokenizer(folder)):,} pieces"
 
 
+def _hub_rows(config: TaskConfig) -> str:
+    from softprompt_dist.data.tasks import hub_data_set
+
+    return _dataset(*hub_data_set(config))
+
+
 def _rows(config: TaskConfig) -> str:
     from softprompt_dist.data.tasks import load_task
 
     source = config.source
+    if source.kind == "superglue":
+        task = load_task(config, ("train", "validation"))
+        return f"{len(task.train)} training, {len(task.validation)} validation rows"
     paths = [Path(name) for name in (source.train, source.validation, source.test) if name]
     if missing := [str(path) for path in paths if not path.is_file()]:
         raise DataError(f"No such file: {', '.join(missing)}. Paths start at {Path.cwd()}.")

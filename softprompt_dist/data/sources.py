@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -42,6 +42,17 @@ class SplitSource:
     revision: str | None = None
     fingerprint: str | None = None
     """The hub client's, of what it loaded."""
+
+
+@dataclass(frozen=True)
+class HubNames:
+    """What the hub is asked for."""
+
+    data_set: str
+    subset: str | None
+    revision: str | None
+    splits: Mapping[str, str]
+    """Ours -> the hub's."""
 
 
 def open_splits(config: SourceConfig, task: CatalogueTask | None) -> dict[str, SplitSource]:
@@ -114,43 +125,39 @@ def _open_vader(config: SourceConfig, task: CatalogueTask | None) -> dict[str, S
 
 
 def _open_hub(config: SourceConfig, task: CatalogueTask | None) -> dict[str, SplitSource]:
-    name, subset, revision, wanted = _hub_names(config, task)
-    found = _load_from_hub(name, subset, revision)
-    for split in wanted.values():
-        if split not in found:
-            raise DataError(
-                f"Data set {name} has no split {split!r}.{nearest(split, found)} "
-                f"Its splits: {', '.join(found)}."
-            )
+    names = hub_names(config, task)
+    found = _load_from_hub(names.data_set, names.subset, names.revision)
     return {
         split: SplitSource(
-            f"{name} {hub}",
-            partial(_hub_rows, f"{name} {hub}", found[hub]),
-            revision=revision or _commit(found[hub]),
-            fingerprint=getattr(found[hub], "_fingerprint", None),
+            f"{names.data_set} {hub_split}",
+            partial(_hub_rows, names.data_set, hub_split, found),
+            revision=names.revision or _commit(found.get(hub_split)),
+            fingerprint=getattr(found.get(hub_split), "_fingerprint", None),
         )
-        for split, hub in wanted.items()
+        for split, hub_split in names.splits.items()
     }
 
 
-def _hub_names(
-    config: SourceConfig, task: CatalogueTask | None
-) -> tuple[str, str | None, str | None, dict[str, str]]:
-    """Name, subset, revision and the hub's name of each split, the catalogue's where open.
+def hub_names(config: SourceConfig, task: CatalogueTask | None) -> HubNames:
+    """What to ask the hub for, as the catalogue says where the recipe does not.
 
-    Its subset and revision are those of its data set, so they do not go with another name. A split
-    that the recipe names for one use is not the catalogue's for a second one.
+    The catalogue's subset and revision are those of its data set and do not go with another name. A
+    split that the recipe names for one use is not the catalogue's for a second one.
+
+    Raises:
+        DataError: no data set is named.
     """
     given = {split: name for split in SPLITS if (name := getattr(config, split))}
     if task is None:
         name = _require(config.name, "name", "a data set's name such as google/boolq")
-        return name, config.subset, config.revision, given or {"train": "train"}
+        return HubNames(name, config.subset, config.revision, given or {"train": "train"})
     hub = task.hub
     known = {split: name for split in SPLITS if (name := getattr(hub, split))}
     wanted = {split: name for split, name in known.items() if name not in given.values()} | given
     if config.name in (None, hub.name):
-        return hub.name, config.subset or hub.subset, config.revision or hub.revision, wanted
-    return config.name, config.subset, config.revision, wanted
+        subset, revision = config.subset or hub.subset, config.revision or hub.revision
+        return HubNames(hub.name, subset, revision, wanted)
+    return HubNames(config.name, config.subset, config.revision, wanted)
 
 
 def _load_from_hub(name: str, subset: str | None, revision: str | None) -> Any:
@@ -170,13 +177,19 @@ def _load_from_hub(name: str, subset: str | None, revision: str | None) -> Any:
             datasets.enable_progress_bars()
 
 
-def _hub_rows(origin: str, loaded: Any) -> Iterator[NumberedRow]:
-    return _numbered(origin, loaded.to_list())
+def _hub_rows(name: str, split: str, found: Any) -> Iterator[NumberedRow]:
+    if split not in found:
+        raise DataError(
+            f"Data set {name} has no split {split!r}.{nearest(split, found)} "
+            f"Its splits: {', '.join(found)}."
+        )
+    return _numbered(f"{name} {split}", found[split].to_list())
 
 
 def _commit(loaded: Any) -> str | None:
     """The commit in the addresses of the files that were loaded, if they have one."""
-    addresses = " ".join(map(str, getattr(loaded.info, "download_checksums", None) or ()))
+    checksums = getattr(getattr(loaded, "info", None), "download_checksums", None)
+    addresses = " ".join(map(str, checksums or ()))
     found = re.search(r"@([0-9a-f]{40})/", addresses)
     return found[1] if found else None
 

@@ -14,7 +14,7 @@ from softprompt_dist.data.named_task import NamedTask
 from softprompt_dist.data.own_task import own_task
 from softprompt_dist.data.reading import TaskReader
 from softprompt_dist.data.rows import Place, Row
-from softprompt_dist.data.sources import SPLITS, SplitSource, open_splits
+from softprompt_dist.data.sources import SPLITS, SplitSource, hub_names, open_splits
 from softprompt_dist.data.split_reading import (
     HASH_BUCKETS,
     SplitContents,
@@ -25,7 +25,14 @@ from softprompt_dist.data.split_reading import (
 from softprompt_dist.errors import DataError
 from softprompt_dist.task_config import TaskConfig
 
-__all__ = ["SplitRecord", "TaskData", "hash_split", "load_task", "to_example_inputs"]
+__all__ = [
+    "SplitRecord",
+    "TaskData",
+    "hash_split",
+    "hub_data_set",
+    "load_task",
+    "to_example_inputs",
+]
 
 _WHAT_TRAIN_IS = {
     "files": "a path such as data/train.jsonl",
@@ -121,6 +128,16 @@ def load_task(config: TaskConfig, splits: Sequence[str] = SPLITS) -> TaskData:
         digests={split: _digest(chosen) for split, chosen in examples.items()},
         records={split: _record(origins[split], len(examples[split])) for split in splits},
     )
+
+
+def hub_data_set(config: TaskConfig) -> tuple[str, str | None]:
+    """Name and revision of the data set on the hub that a task with such a source reads.
+
+    Raises:
+        DataError: none is named.
+    """
+    names = hub_names(config.source, _catalogue_task(config))
+    return names.data_set, names.revision
 
 
 def to_example_inputs(config: TaskConfig) -> Callable[[Row, Place], list[Example]]:

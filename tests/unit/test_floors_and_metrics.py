@@ -23,6 +23,12 @@ def test_a_tie_goes_to_the_earlier_label():
     assert majority_class(task_of(*TRAIN[1::-1]), ASKED[:1]) == ["bad"]
 
 
+def test_free_text_has_a_most_frequent_target_too():
+    train = tuple(Example("q", target) for target in ("1831", "Bern", "Bern"))
+    task = TaskData("t", {"train": train}, (), ("squad",), "own: free text", {})
+    assert majority_class(task, ASKED[:2]) == ["Bern", "Bern"]
+
+
 def test_naive_bayes_learns_words_and_falls_back_to_the_prior():
     assert naive_bayes(task_of(*TRAIN), ASKED) == ["bad", "good", "good"]
 

@@ -57,6 +57,7 @@ def test_an_unknown_data_set_is_a_message(tmp_path):
 def test_only_the_splits_asked_for_must_be_named(hub_folder):
     data = load(hub_folder, ("test",), test="validation")
     assert list(data.splits) == ["test"]
+    assert load(hub_folder, ("test",), train="absent", test="validation").splits == data.splits
     with pytest.raises(DataError, match=r"task\.source\.train is not given"):
         load(hub_folder, ("train",), test="validation")
 

@@ -17,6 +17,7 @@ from softprompt_dist.checks.job import Job, check_recipe, check_world_size
 from softprompt_dist.checks.world import World
 from softprompt_dist.config import BackboneConfig, TuneConfig
 from softprompt_dist.recipe import load_recipe
+from softprompt_dist.task_config import SourceConfig, TaskConfig
 
 
 def read(*arguments: str) -> tuple[Job, list[Finding]]:
@@ -154,6 +155,21 @@ def test_rows_are_read_as_the_run_would_read_them(config: TuneConfig, tmp_path: 
     wrong = job_files.check_task(config.task.model_copy(update={"labels": labels}))
     assert wrong.status == "fail"
     assert "which is not in task.labels" in wrong.remedy
+
+
+def test_a_task_of_the_catalogue_is_looked_up_where_it_would_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str | None]] = []
+    monkeypatch.setattr(job_files, "_dataset", lambda *names: asked.append(names) or "on the hub")
+    assert job_files.check_task(TaskConfig(catalogue="trec")).found == "on the hub"
+    assert asked == [("CogComp/trec", "refs/convert/parquet")]
+    row = '{"question": "is it", "passage": "It is.", "label": true}\n'
+    for name in ("train", "val", "test"):
+        (tmp_path / f"{name}.jsonl").write_text(row)
+    source = SourceConfig(kind="superglue", path=str(tmp_path))
+    found = job_files.check_task(TaskConfig(catalogue="boolq", source=source))
+    assert found.found == "1 training, 1 validation rows"
 
 
 def test_a_prompt_file_that_is_none_fails(config: TuneConfig, tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def unpacked(tmp_path: Path) -> Path:
     return folder.parent
 
 
-OTHER = {"__MACOSX/BoolQ/._val.jsonl": b"\xff", "CB/val.jsonl": b"{}\n"}
+OTHER = dict.fromkeys(["__MACOSX/BoolQ/._val.jsonl", "CB/val.jsonl", "OldBoolQ/val.jsonl"], b"\xff")
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,15 @@ def test_an_empty_text_is_refused_with_its_row(tmp_path, text):
     assert "Line 5 of rows.jsonl has an empty text" in message
 
 
+def test_a_null_beside_a_text_is_refused(tmp_path):
+    rows = [{"text": "a", "more": "b", "label": 0}, {"text": "a", "more": None, "label": 0}]
+    message = refusal(tmp_path, rows, input_template="{text} {more}")
+    assert "Line 2 of rows.jsonl has an empty text (more is null)" in message
+    rows[1]["more"] = ""
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert len(task(("test",), test=path, input_template="{text} {more}").test) == 2
+
+
 @pytest.mark.parametrize("template", ["no field", "{}", "{text", "{text!r}", "{text:>8}"])
 def test_a_template_without_plain_fields_is_refused(tmp_path, template):
     assert "task.input_template" in refusal(tmp_path, ROWS, input_template=template)
