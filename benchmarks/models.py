@@ -20,6 +20,7 @@ TINY_TOKENIZER = Path(__file__).parents[1] / "softprompt_dist" / "assets" / "tin
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 HEAD = "lm_head.weight"
 
+_T5_SMALL_WIDTH = {"d_model": 512, "d_kv": 64, "d_ff": 1024, "num_heads": 6}
 _T5_LARGE_WIDTH = {"d_model": 1024, "d_kv": 64, "d_ff": 2816, "num_heads": 16}
 _T5_BASE_WIDTH = {"d_model": 768, "d_kv": 64, "d_ff": 2048, "num_heads": 12}
 _T5_XL_WIDTH = {"d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_heads": 32}
@@ -40,11 +41,13 @@ def _shape(
 SHAPES = {
     "tiny": _shape(_TINY_WIDTH, 2, 2, 6272),
     "24+24 tiny layers": _shape(_TINY_WIDTH, 24, 24, 256),
+    "77m": _shape(_T5_SMALL_WIDTH, 8, 8, _VOCABULARY),
     "200m": _shape(_T5_BASE_WIDTH, 9, 9, _VOCABULARY),
     "1.4b": _shape(_T5_XL_WIDTH, 12, 11, _VOCABULARY),
     "xxl": _shape(_T5_XXL_WIDTH, 24, 24, _VOCABULARY),
 }
-"""Name -> settings of a T5Config. `200m`: 198 M parameters; `1.4b`: 1.43 B; `xxl`: 11.14 B."""
+"""Name -> settings of a T5Config. `77m`: as T5 v1.1 small; `200m`: 198 M; `1.4b`: 1.43 B; `xxl`:
+11.14 B."""
 
 
 def layers_of(num_encoder_layers: int, *, tiny: bool = False) -> dict[str, int]:

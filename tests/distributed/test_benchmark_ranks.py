@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cells, gpu_xxl, rows, tuning
+from benchmarks import cells, evaluation, gpu_xxl, rows, tuning
 
 
 @pytest.fixture(autouse=True)
@@ -50,3 +50,21 @@ def test_every_cell_of_the_tiny_t5_is_compared(tmp_path: Path) -> None:
     assert all(aim["reached"] for aim in report["aims"])
     rounding = report["measured"]["rounding"]["tiny T5"]
     assert 0 < rounding["gradient_difference"] < 1e-5
+
+
+def test_every_way_to_score_gives_the_same_answers(tmp_path: Path) -> None:
+    small = ["--size", "tiny", "--rows", "18", "--rounds", "1", "--prompt-length", "4"]
+    batches = ["--fixed-length", "300", "--batch-size", "4", "--batch-tokens", "600"]
+    evaluation.main([*small, *batches, "--out", str(tmp_path)])
+    measured = json.loads((tmp_path / "evaluation.json").read_text())["measured"]
+    ours, padded, theirs = (measured[name][0] for name in evaluation.VARIANTS)
+    for method in evaluation.METHODS:
+        assert ours[method]["answers"] == theirs[method]["answers"]
+        assert padded[method]["answers"] == theirs[method]["answers"]
+        assert padded[method]["positions"] == 18 * (4 + 300)
+        needed = ours["input_tokens"] + 18 * 4
+        assert needed <= ours[method]["positions"] < theirs[method]["positions"]
+    assert evaluation.largest_difference(measured, evaluation.OURS, "rank") == pytest.approx(
+        0.0, abs=1e-4
+    )
+    assert len(set(ours["greedy"]["answers"])) > 1  # or equality would say little
