@@ -13,7 +13,6 @@ from torch import Tensor
 
 from softprompt_dist.backbone.base import Backbone
 from softprompt_dist.config import TuneConfig
-from softprompt_dist.data.sources import SPLITS
 from softprompt_dist.errors import PromptFileError
 from softprompt_dist.metrics.results import prompt_source
 from softprompt_dist.parallel import ranks
@@ -53,7 +52,7 @@ def evaluate(
     """
     # Before any weight is read.
     _, metadata = ranks.together(lambda: load_prompt(request.prompt_file))
-    bench = build_bench(config, ds_config, splits=_splits_to_read(config, request.split))
+    bench = build_bench(config, ds_config, splits=[request.split])
     task = bench.task
     if ranks.is_main():
         warn_of_other_family(metadata, task)
@@ -107,10 +106,8 @@ def evaluation_of(
     """
     task, texts = answered.task, answered.split.texts
     generated = [prediction.text for prediction in answered.predictions]
-    floors = {
-        name: [text.strip() for text in predictions]
-        for name, predictions in floor_predictions(task.data, texts).items()
-    }
+    known = {} if answered.split_name == "train" else floor_predictions(task.data, texts)
+    floors = {name: [text.strip() for text in found] for name, found in known.items()}
     compared = floors | {name: task.spoken(found) for name, found in (others or {}).items()}
     scores = [prediction.label_scores for prediction in answered.predictions]
     return Evaluation(
@@ -156,9 +153,3 @@ def warn_of_other_family(metadata: PromptMetadata, task: LoadedTask) -> None:
             task.name,
             task.data.family,
         )
-
-
-def _splits_to_read(config: TuneConfig, split: str) -> list[str]:
-    """The split that is scored, and train for the floors where the source has it."""
-    has_train = config.task.source.kind != "files" or config.task.source.train is not None
-    return [name for name in SPLITS if name == split or (name == "train" and has_train)]

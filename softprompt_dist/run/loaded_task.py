@@ -15,6 +15,7 @@ from softprompt_dist.config import EvaluationConfig, TuneConfig
 from softprompt_dist.data.batching import Family, tokenise
 from softprompt_dist.data.examples import Example
 from softprompt_dist.data.order import ExampleOrder
+from softprompt_dist.data.sources import SPLITS
 from softprompt_dist.data.tasks import TaskData, load_task
 from softprompt_dist.data.token_cache import tokens_of
 from softprompt_dist.data.token_table import TokenTable
@@ -102,6 +103,17 @@ class LoadedTask:
         return tuple(label.strip() for label in self.data.labels)
 
 
+def with_floors(config: TaskConfig, splits: Sequence[str]) -> list[str]:
+    """The splits to read when `splits` are scored: train too, for the floors, if the source has it.
+
+    A floor that was fitted on the rows it is asked about would be none.
+    """
+    source = config.source
+    has_train = source.kind != "files" or source.train is not None
+    wanted = {*splits, "train"} if has_train and "train" not in splits else {*splits}
+    return [split for split in SPLITS if split in wanted]
+
+
 def read_task(config: TaskConfig, splits: Sequence[str]) -> TaskData:
     """All ranks: a task's rows as text, the same on every rank.
 
@@ -125,16 +137,20 @@ class TextReader:
     family: Family
 
     def load(
-        self, config: TaskConfig, data: TaskData, translation: Mapping[str, str] | None = None
+        self,
+        config: TaskConfig,
+        data: TaskData,
+        splits: Sequence[str],
+        translation: Mapping[str, str] | None = None,
     ) -> LoadedTask:
-        """All ranks: a task's examples as tokens, and its rules.
+        """All ranks: the examples of a task's `splits` as tokens, and its rules.
 
         Raises:
             SoftpromptError: see `tokenise`; or the way of finding answers does not suit the task.
         """
-        splits = {name: self._tokens(config, name, texts) for name, texts in data.splits.items()}
-        rule = ranks.together(lambda: self._rule(config, data, splits))
-        return LoadedTask(config, data, splits, rule, translation or {})
+        tokens = {name: self._tokens(config, name, data.splits[name]) for name in splits}
+        rule = ranks.together(lambda: self._rule(config, data, tokens))
+        return LoadedTask(config, data, tokens, rule, translation or {})
 
     def _tokens(self, task: TaskConfig, split: str, examples: Sequence[Example]) -> Split:
         table = tokens_of(

@@ -27,7 +27,7 @@ def transfer_target(
     Raises:
         SoftpromptError: see `TextReader.load`.
     """
-    target = reader.load(transfer.task, data, transfer.translate)
+    target = reader.load(transfer.task, data, [transfer.split], transfer.translate)
     splits = {name: split.sample(transfer.max_examples) for name, split in target.splits.items()}
     # A prompt answers with the labels that it was tuned on; what they mean here is said by
     # `translate`. Without that, both tasks have the same words.

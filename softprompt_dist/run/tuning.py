@@ -30,7 +30,7 @@ from softprompt_dist.parallel import ranks
 from softprompt_dist.parallel.equality import assert_equal_on_all_ranks, assert_same_on_all_ranks
 from softprompt_dist.prompt.initialise import initialise_prompt
 from softprompt_dist.prompt.module import SoftPrompt
-from softprompt_dist.run.loaded_task import LoadedTask, Split, TextReader, read_task
+from softprompt_dist.run.loaded_task import LoadedTask, Split, TextReader, read_task, with_floors
 from softprompt_dist.run.optimizer import build_optimizer
 from softprompt_dist.run.room import assert_room
 from softprompt_dist.run.scoring import Prediction, Scorer, pad_id_of
@@ -176,22 +176,21 @@ def _read_texts(config: TuneConfig, splits: Sequence[str] | None, *, for_tuning:
     configs = [] if splits is None else [config.task]
     configs += config.mixture.tasks if for_tuning else []
     transfers = config.transfer if for_tuning else []
+    scored = list(splits or SPLITS)
     # Rows before the backbone, which may take long to fetch: what is wrong with them is said first.
-    data = [read_task(task, splits or SPLITS) for task in configs]
-    elsewhere = [read_task(transfer.task, (transfer.split,)) for transfer in transfers]
+    data = [read_task(task, with_floors(task, scored)) for task in configs]
+    elsewhere = [read_task(each.task, with_floors(each.task, [each.split])) for each in transfers]
     folder = locate_backbone(config.backbone)
     tokenizer = ranks.together(lambda: load_tokenizer(folder))
     reader = TextReader(config, tokenizer, ranks.together(lambda: family_of(folder)))
-    tasks = tuple(reader.load(task, texts) for task, texts in zip(configs, data, strict=True))
-    return _Texts(
-        folder,
-        reader,
-        tasks,
-        tuple(
-            transfer_target(reader, tasks[0], transfer, texts)
-            for transfer, texts in zip(transfers, elsewhere, strict=True)
-        ),
+    tasks = tuple(
+        reader.load(task, texts, scored) for task, texts in zip(configs, data, strict=True)
     )
+    targets = tuple(
+        transfer_target(reader, tasks[0], transfer, texts)
+        for transfer, texts in zip(transfers, elsewhere, strict=True)
+    )
+    return _Texts(folder, reader, tasks, targets)
 
 
 def build_tuning_run(config: TuneConfig, ds_config: dict[str, Any] | None = None) -> TuningRun:
