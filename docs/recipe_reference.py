@@ -9,9 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
+from pydantic.fields import FieldInfo
+
 from softprompt_dist.adapt_config import AdaptConfig
 from softprompt_dist.config import TuneConfig
 from softprompt_dist.section import Section
+from softprompt_dist.task_config import TaskConfig
 
 HEADER = """# Recipes
 
@@ -40,12 +43,24 @@ def rows(section: type[Section], prefix: str = "") -> Iterator[str]:
         if isinstance(annotation, type) and issubclass(annotation, Section):
             yield from rows(annotation, f"{prefix}{name}.")
             continue
-        required = field.is_required()
-        default = "required" if required else f"`{field.get_default(call_default_factory=True)}`"
-        text = " ".join((field.description or "").split())
-        choices = [f"`{value}`" for value in literals(annotation)]
-        meaning = " ".join(filter(None, [", ".join(choices) + "." if choices else "", text]))
-        yield f"| `{prefix}{name}` | {default} | {meaning.replace('|', chr(92) + '|')} |"
+        yield row(f"{prefix}{name}", field)
+        # The keys of a list's items, but not of a whole task again.
+        inner = next((a for a in get_args(annotation) if isinstance(a, type)), None)
+        if inner is not None and issubclass(inner, Section) and inner is not TaskConfig:
+            yield from (
+                row(f"{prefix}{name}[].{key}", each) for key, each in inner.model_fields.items()
+            )
+
+
+def row(name: str, field: FieldInfo) -> str:
+    """One line of the table."""
+    default = (
+        "required" if field.is_required() else f"`{field.get_default(call_default_factory=True)}`"
+    )
+    text = " ".join((field.description or "").split())
+    choices = [f"`{value}`" for value in literals(field.annotation)]
+    meaning = " ".join(filter(None, [", ".join(choices) + "." if choices else "", text]))
+    return f"| `{name}` | {default} | {meaning.replace('|', chr(92) + '|')} |"
 
 
 def literals(annotation: Any) -> list[Any]:

@@ -112,7 +112,9 @@ class TransferConfig(Section):
     """Another task on which the tuned prompt is scored as it is (the paper's section 5)."""
 
     task: TaskConfig
+    """As in `task`."""
     split: Literal["train", "validation", "test"] = "test"
+    """Of that task."""
     max_examples: Positive | None = None
     """Score a fair sample of n."""
     translate: dict[str, str] = {}
