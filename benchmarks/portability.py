@@ -39,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     title = f"Prompts tuned in one cell, scored in others (`{given.recipe}`, {given.rows} rows)"
     report = Report("portability", title, settings_of(given), raw=measured)
     report.rows = [_row(name, cell, prompts) for name, cell in measured.items()]
-    report.notes = ["Accuracy / loss in nats per target token. Weights: bytes that a rank holds."]
+    report.notes = [
+        "Score in percent / loss in nats per target token. Weights: bytes that a rank holds."
+    ]
     report.publish(given.out)
 
 
@@ -48,14 +50,13 @@ def _measure(settings: dict[str, Any], prompts: dict[str, str], given: Any) -> d
     from softprompt_dist.prompt.file import load_prompt
     from softprompt_dist.prompt.module import SoftPrompt
     from softprompt_dist.recipe import load_recipe
-    from softprompt_dist.run.metrics import accuracy
     from softprompt_dist.run.tuning import build_bench
 
     overrides = [f"backbone.{key}={value}" for key, value in settings.items()]
     overrides += ["backbone.sharding=replicated", *given.overrides]
-    bench = build_bench(load_recipe(TuneConfig, given.recipe, overrides))
-    split = bench.splits["test"].sample(given.rows)
-    targets = [example.target_text.strip() for example in split.texts]
+    config = load_recipe(TuneConfig, given.recipe, overrides)
+    bench = build_bench(config, splits=["test"])
+    split = bench.task.splits["test"].sample(given.rows)
     held = sum(t.numel() * t.element_size() for _, t in bench.backbone.held_tensors())
     answer: dict[str, Any] = {"bytes": held}
     for name, path in prompts.items():
@@ -64,9 +65,10 @@ def _measure(settings: dict[str, Any], prompts: dict[str, str], given: Any) -> d
         )
         prompt = SoftPrompt(prompt_PD)
         start = time.perf_counter()
-        score = accuracy(bench.scorer.predict(prompt, split.tokens), targets)
+        predictions = bench.predict(prompt, bench.task, split)
         seconds = time.perf_counter() - start
-        answer[name] = {"accuracy": score, "seconds": seconds, "loss": _loss(bench, prompt, split)}
+        score = bench.task.judge(predictions, split.texts).score
+        answer[name] = {"score": score, "seconds": seconds, "loss": _loss(bench, prompt, split)}
     return answer
 
 
@@ -75,17 +77,22 @@ def _loss(bench: Any, prompt: Any, split: Any) -> float:
     import torch
 
     from softprompt_dist.data.batching import collate
+    from softprompt_dist.data.bucketing import batches_by_length
     from softprompt_dist.run.loss import token_loss
     from softprompt_dist.run.scoring import pad_id_of
 
     total = num_tokens = 0.0
     pad_id, family = pad_id_of(bench.tokenizer), bench.backbone.family
-    tokens = sorted(split.tokens, key=lambda example: len(example.input_ids))
+    batches = batches_by_length(
+        split.tokens.input_lengths,
+        prompt_length=prompt.weight.shape[0],
+        budget=bench.config.evaluation.batch_tokens,
+        extra=int(split.tokens.target_lengths.max()),
+    )
     with torch.no_grad():
-        for start in range(0, len(tokens), bench.scorer.batch_size):
-            batch = collate(
-                tokens[start : start + bench.scorer.batch_size], pad_id=pad_id, family=family
-            )
+        for chosen in batches:
+            rows = [split.tokens[index] for index in chosen]
+            batch = collate(rows, pad_id=pad_id, family=family)
             prompt_BPD = prompt(len(batch.input_ids_BS), bench.backbone.dtype)
             loss = token_loss(bench.backbone(prompt_BPD, batch), batch.labels_BT)
             total += float(loss.total)
@@ -95,7 +102,7 @@ def _loss(bench: Any, prompt: Any, split: Any) -> float:
 
 def _row(name: str, cell: dict[str, Any], prompts: dict[str, str]) -> dict[str, str]:
     scores = {
-        f"tuned on {tuned}": f"{cell[tuned]['accuracy']:.3f} / {cell[tuned]['loss']:.4f}"
+        f"tuned on {tuned}": f"{cell[tuned]['score']:.1f} / {cell[tuned]['loss']:.4f}"
         for tuned in prompts
     }
     seconds = [cell[tuned]["seconds"] for tuned in prompts]

@@ -166,8 +166,9 @@ def _as_user_error(error: BaseException) -> SoftpromptError | None:
         return MachineError(f"Cannot read or write:{place} {error.strerror}. {remedy}")
     if type(error).__name__ == "OutOfMemoryError":
         return MachineError(
-            f"{str(error).splitlines()[0]} Lower batch.micro_batch_size and evaluation.batch_size, "
-            "or shard the backbone (--deepspeed_config ds_configs/zero3_bf16.json)."
+            f"{str(error).splitlines()[0]} Lower batch.micro_batch_size (or micro_batch_tokens) and "
+            "evaluation.batch_tokens, or shard the backbone (--deepspeed_config "
+            "ds_configs/zero3_bf16.json)."
         )
     if isinstance(error, RuntimeError) and _world_is_up() and _PEER_LOST.search(str(error)):
         return PeerLostError("Another rank has ended; its message says why.")

@@ -125,7 +125,7 @@ def _check_header_length(path: Path) -> None:
 
 def _read_metadata(path: Path, header: dict[str, str]) -> PromptMetadata:
     try:
-        values = json.loads(header[METADATA_KEY])
+        values = dict(json.loads(header[METADATA_KEY]))
         return PromptMetadata(
             **{field.name: _typed(values, field) for field in dataclasses.fields(PromptMetadata)}
         )
@@ -136,8 +136,10 @@ def _read_metadata(path: Path, header: dict[str, str]) -> PromptMetadata:
         ) from error
 
 
-def _typed(values: Any, field: dataclasses.Field[Any]) -> Any:
-    value = values.get(field.name, field.default)
+def _typed(values: dict[str, Any], field: dataclasses.Field[Any]) -> Any:
+    if field.name not in values and field.default is not dataclasses.MISSING:
+        return field.default
+    value = values[field.name]
     # Annotations are strings here. A whole number is a float too; a bool is no number.
     if field.type == "float" and type(value) is int:
         return float(value)

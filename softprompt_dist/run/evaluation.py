@@ -13,7 +13,7 @@ from torch import Tensor
 
 from softprompt_dist.backbone.base import Backbone
 from softprompt_dist.config import TuneConfig
-from softprompt_dist.errors import PromptFileError
+from softprompt_dist.errors import MachineError, PromptFileError
 from softprompt_dist.metrics.results import prompt_source
 from softprompt_dist.parallel import ranks
 from softprompt_dist.prompt.file import PromptMetadata, load_prompt
@@ -48,10 +48,12 @@ def evaluate(
 
     Raises:
         PromptFileError: the file is unreadable, or belongs to another backbone and not `force`.
+        MachineError: the folder cannot be made.
         SoftpromptError: see `build_bench`.
     """
     # Before any weight is read.
     _, metadata = ranks.together(lambda: load_prompt(request.prompt_file))
+    ranks.on_main(lambda: _make_folder(request.folder))
     bench = build_bench(config, ds_config, splits=[request.split])
     task = bench.task
     if ranks.is_main():
@@ -153,3 +155,14 @@ def warn_of_other_family(metadata: PromptMetadata, task: LoadedTask) -> None:
             task.name,
             task.data.family,
         )
+
+
+def _make_folder(folder: Path | None) -> None:
+    if folder is None:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MachineError(
+            f"The folder {folder} cannot be made: {error.strerror}. Choose another one (--output)."
+        ) from error

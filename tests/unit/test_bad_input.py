@@ -81,7 +81,7 @@ def test_a_text_over_the_limit_is_cut_counted_and_reported(
     code, out, _ = said(train.main, "--recipe", tiny_recipe, *long, "--steps", "1")
     assert code == 0
     assert "tuned prompt" in out
-    cut = "2 of 152 train inputs are longer than backbone.max_input_tokens=48 and were cut"
+    cut = "2 of 152 train inputs of foods are longer than backbone.max_input_tokens=48 and were cut"
     assert cut in caplog.text
 
 
@@ -131,10 +131,11 @@ def test_with_nothing_wrong_evaluate_repeats_the_run(
     said: Said, tuned: Path, tmp_path: Path
 ) -> None:
     prompt = tuned / "prompt" / "best.safetensors"
-    rows = tmp_path / "out" / "rows.jsonl"
-    code, out, _ = said(evaluate.main, "--prompt", prompt, "--output", rows)
+    folder = tmp_path / "new" / "folder"
+    code, out, _ = said(evaluate.main, "--prompt", prompt, "--output", folder)
     assert code == 0
-    assert rows.read_bytes() == (tuned / "predictions" / "test.jsonl").read_bytes()
+    answers = (tuned / "predictions" / "test.jsonl").read_bytes()
+    assert (folder / "predictions.jsonl").read_bytes() == answers
     tuned_row = next(line for line in out.splitlines() if "tuned prompt" in line)
     assert tuned_row in (tuned / "report.md").read_text()
 
@@ -186,7 +187,10 @@ def test_a_prompt_without_its_run_needs_a_recipe(said: Said, tuned: Path, tmp_pa
 
 def test_predictions_that_cannot_be_written(said: Said, tuned: Path, tmp_path: Path) -> None:
     prompt = tuned / "prompt" / "best.safetensors"
-    assert_message(said(evaluate.main, "--prompt", prompt, "--output", tmp_path), tmp_path)
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "folder"):
+        outcome = said(evaluate.main, "--prompt", prompt, "--output", place)
+        assert_message(outcome, place, "--output")
 
 
 def test_a_first_loss_that_is_not_finite_leaves_a_run_that_resumes(

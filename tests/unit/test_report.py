@@ -1,80 +1,46 @@
+"""What a score is called beside another, and the learning curve."""
+
 import json
 import random
 
 import pytest
 
-from softprompt_dist.run.directory import RunDirectory
-from softprompt_dist.run.learning_curve import running_mean
-from softprompt_dist.run.report import (
-    ScoreRow,
-    difference_interval,
-    plot_learning_curve,
-    results_table,
-    verdicts,
-    write_report,
+from softprompt_dist.run.learning_curve import plot_learning_curve, running_mean
+from softprompt_dist.run.report import interval_text, verdict
+
+TUNED = ("tuned prompt", 85.0)
+
+
+@pytest.mark.parametrize(
+    ("other", "interval", "sentence"),
+    [
+        (("majority class", 51.0), (25.5, 42.0), "is above majority class (51.0) by 34.0 points "),
+        (("naive Bayes", 96.25), (-16.0, -5.5), "is BELOW naive Bayes (96.2) by 11.2 points "),
+    ],
 )
-
-ROWS = [
-    ScoreRow("majority class", 102, 200),
-    ScoreRow("naive Bayes", 164, 200),
-    ScoreRow("untuned prompt", 184, 200),
-    ScoreRow("tuned prompt", 184, 200),
-]
+def test_beyond_chance_the_verdict_has_the_interval(other, interval, sentence):
+    said = verdict(TUNED, other, interval)
+    assert said.startswith(f"The tuned prompt (85.0) {sentence}(95 % interval ")
+    low, high = sorted(map(abs, interval))
+    assert said.endswith(f" {low:.1f} to {high:.1f}).")
 
 
-def test_the_table_has_accuracy_interval_and_n():
-    lines = results_table(ROWS).splitlines()
-    assert len({len(line) for line in lines}) == 1
-    assert [c.strip() for c in lines[0].strip("|").split("|")] == [
-        "",
-        "accuracy",
-        "95 % interval",
-        "n",
-    ]
-    # Wilson interval of 164 / 200, computed by hand from its formula.
-    assert [c.strip() for c in lines[3].strip("|").split("|")] == [
-        "naive Bayes",
-        "82.0",
-        "76.1 to 86.7",
-        "200",
-    ]
-
-
-def test_the_verdict_says_above_below_or_within_chance():
-    majority, bayes, untuned = verdicts(ROWS)
-    assert majority == (
-        "The tuned prompt (92.0) is above majority class (51.0) by 41.0 points "
-        "(95 % interval 32.8 to 48.5)."
+@pytest.mark.parametrize("interval", [(-2.0, 8.0), (0.0, 6.0)])
+def test_a_score_within_chance_of_another_is_not_called_a_win(interval):
+    said = verdict(TUNED, ("naive Bayes", 82.0), interval)
+    assert said == (
+        "The tuned prompt (85.0) is above naive Bayes (82.0) by 3.0 points, which may be chance "
+        "at this n."
     )
-    assert "above naive Bayes (82.0) by 10.0 points (95 % interval " in bayes
-    assert untuned == "The tuned prompt (92.0) is equal to untuned prompt (92.0)."
 
 
-def test_a_score_within_chance_of_a_floor_is_not_called_a_win():
-    rows = [ScoreRow("naive Bayes", 164, 200), ScoreRow("tuned prompt", 170, 200)]
-    assert "may be chance" in verdicts(rows)[0]
-    rows = [ScoreRow("naive Bayes", 164, 200), ScoreRow("tuned prompt", 120, 200)]
-    assert "is BELOW naive Bayes (82.0) by 22.0 points (95 % interval " in verdicts(rows)[0]
+def test_equal_scores_are_equal():
+    said = verdict(TUNED, ("itself", 85.0), (-1.0, 1.0))
+    assert said == "The tuned prompt (85.0) is equal to itself (85.0)."
 
 
-def test_the_interval_of_a_difference_is_that_of_the_literature():
-    # Newcombe 1998, table II: 56/70 against 48/80, method 10.
-    interval = difference_interval(ScoreRow("a", 56, 70), ScoreRow("b", 48, 80))
-    assert interval == pytest.approx((5.24, 33.39), abs=5e-3)
-
-
-def test_the_report_is_written_for_people_and_for_programs(tmp_path):
-    directory = RunDirectory(tmp_path)
-    directory.create()
-    summary = write_report(directory, ROWS, title="Demo")
-    report = directory.report.read_text()
-    assert report.startswith("# Demo\n\n| ")
-    assert summary in report
-    assert "learning_curve" not in report
-    results = json.loads(directory.results.read_text())
-    assert results["rows"][3]["accuracy"] == 92.0
-    assert results["rows"][3]["interval_95"] == pytest.approx([87.4, 95.0], abs=0.1)
-    assert results["verdicts"] == verdicts(ROWS)
+def test_an_interval_in_words():
+    assert interval_text((71.44, 86.16)) == "71.4 to 86.2"
 
 
 def write_metrics(path, steps, seed=0):
@@ -89,18 +55,15 @@ def write_metrics(path, steps, seed=0):
                 file.write(json.dumps(line) + "\n")
 
 
-def test_the_learning_curve_is_a_picture_that_the_report_shows(tmp_path):
-    directory = RunDirectory(tmp_path)
-    directory.create()
-    write_metrics(directory.metrics, 300)
-    png = directory.plots / "learning_curve.png"
-    plot_learning_curve(directory.metrics, {"majority class": 51.0, "naive Bayes": 82.0}, png)
-    assert png.read_bytes().startswith(b"\x89PNG")
-    without_floors = len(png.read_bytes())
-    plot_learning_curve(directory.metrics, {}, png)
-    assert len(png.read_bytes()) != without_floors
-    write_report(directory, ROWS)
-    assert "![Learning curve](plots/learning_curve.png)" in directory.report.read_text()
+def test_the_learning_curve_shows_the_metric_asked_for_beside_the_floors(tmp_path):
+    metrics, png = tmp_path / "metrics.jsonl", tmp_path / "learning_curve.png"
+    write_metrics(metrics, 300)
+    pictures = []
+    for floors, score in (({"majority class": 51.0}, "accuracy"), ({}, "accuracy"), ({}, "f1")):
+        plot_learning_curve(metrics, floors, png, score=score)
+        pictures.append(png.read_bytes())
+    assert all(picture.startswith(b"\x89PNG") for picture in pictures)
+    assert len(set(pictures)) == 3
 
 
 @pytest.mark.parametrize("steps", [0, 1])

@@ -95,7 +95,7 @@ def test_all_problems_come_in_one_message(recipe: Path) -> None:
         "optimizer.name=sgd",
         "backbone.sharding=zero2",
         "backbone.dropout=1.0",
-        "task.labels={}",
+        "task.labels=fruit",
         "backbone=folder",
         "name=../elsewhere",
         "evaluation.method=beam",

@@ -1,9 +1,6 @@
-import pytest
-
 from softprompt_dist.data.examples import Example
 from softprompt_dist.data.floors import majority_class, naive_bayes
 from softprompt_dist.data.tasks import TaskData
-from softprompt_dist.run.metrics import accuracy, wilson_interval
 
 
 def task_of(*pairs):
@@ -39,25 +36,3 @@ def test_naive_bayes_without_any_word_is_the_majority_class():
 
 def test_no_examples_no_predictions():
     assert naive_bayes(task_of(*TRAIN), []) == []
-
-
-def test_accuracy_counts_exact_matches():
-    assert accuracy(["a", "b", "c", "d"], ["a", "b", "x", "d "]) == 0.5
-    for predictions, targets in ((["a"], []), ([], [])):
-        with pytest.raises(ValueError, match="targets"):
-            accuracy(predictions, targets)
-
-
-@pytest.mark.parametrize(
-    ("correct", "total", "interval"),
-    # statsmodels.stats.proportion.proportion_confint(method="wilson")
-    [(8, 10, (0.490162, 0.943318)), (0, 5, (0.0, 0.434482)), (5, 5, (0.565518, 1.0))],
-)
-def test_wilson_interval(correct, total, interval):
-    assert wilson_interval(correct, total) == pytest.approx(interval, abs=1e-6)
-
-
-@pytest.mark.parametrize(("correct", "total"), [(0, 0), (3, 2), (-1, 2)])
-def test_impossible_counts_are_refused(correct, total):
-    with pytest.raises(ValueError, match="impossible"):
-        wilson_interval(correct, total)
