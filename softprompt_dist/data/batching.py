@@ -88,18 +88,55 @@ def tokenise(
     """
     if not examples:
         return Tokenised((), 0)
-    input_end = _end_of_sequence(tokenizer) if family == "seq2seq" else ()
-    target_end = _end_of_sequence(tokenizer) if append_eos else ()
-    inputs = _encode([example.input_text for example in examples], tokenizer)
+    target_end = end_of_sequence(tokenizer) if append_eos else ()
+    texts = [example.input_text for example in examples]
+    inputs = tokenise_inputs(texts, tokenizer, family=family, max_input_tokens=max_input_tokens)
     targets = _encode([example.target_text for example in examples], tokenizer)
-    room = max_input_tokens - len(input_end)
     return Tokenised(
         tuple(
-            TokenExample((*_cut(ids, room, family), *input_end), (*target, *target_end))
-            for ids, target in zip(inputs, targets, strict=True)
+            TokenExample(example.input_ids, (*target, *target_end))
+            for example, target in zip(inputs.examples, targets, strict=True)
         ),
+        inputs.num_truncated,
+    )
+
+
+def tokenise_inputs(
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    family: Family,
+    max_input_tokens: int,
+) -> Tokenised:
+    """As `tokenise`, of inputs to which nobody knows a target.
+
+    Raises:
+        DataError: see `tokenise`.
+    """
+    if not texts:
+        return Tokenised((), 0)
+    end = end_of_sequence(tokenizer) if family == "seq2seq" else ()
+    room = max_input_tokens - len(end)
+    inputs = _encode(texts, tokenizer)
+    return Tokenised(
+        tuple(TokenExample((*_cut(ids, room, family), *end), ()) for ids in inputs),
         num_truncated=sum(len(ids) > room for ids in inputs),
     )
+
+
+def end_of_sequence(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The id of the piece that ends a text.
+
+    Raises:
+        DataError: the tokenizer has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            "The backbone's tokenizer has no end-of-sequence piece (eos_token), which seq2seq "
+            "inputs and task.append_eos need. Set task.append_eos=false, or add eos_token to the "
+            "tokenizer's config."
+        )
+    return (tokenizer.eos_token_id,)
 
 
 def collate(examples: Sequence[TokenExample], *, pad_id: int, family: Family) -> TokenBatch:
@@ -146,13 +183,3 @@ def _encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[li
                 f"Text {text!r} has no token in this model's vocabulary; remove the row."
             )
     return rows
-
-
-def _end_of_sequence(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    if tokenizer.eos_token_id is None:
-        raise DataError(
-            "The backbone's tokenizer has no end-of-sequence piece (eos_token), which seq2seq "
-            "inputs and task.append_eos need. Set task.append_eos=false, or add eos_token to the "
-            "tokenizer's config."
-        )
-    return (tokenizer.eos_token_id,)

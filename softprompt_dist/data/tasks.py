@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from softprompt_dist.data.catalogue.definition import CatalogueTask
@@ -13,7 +13,6 @@ from softprompt_dist.data.examples import Example
 from softprompt_dist.data.named_task import NamedTask
 from softprompt_dist.data.own_task import own_task
 from softprompt_dist.data.reading import TaskReader
-from softprompt_dist.data.rows import Place, Row
 from softprompt_dist.data.sources import SPLITS, SplitSource, hub_names, open_splits
 from softprompt_dist.data.split_reading import (
     HASH_BUCKETS,
@@ -31,7 +30,7 @@ __all__ = [
     "hash_split",
     "hub_data_set",
     "load_task",
-    "to_example_inputs",
+    "task_reader",
 ]
 
 _WHAT_TRAIN_IS = {
@@ -108,7 +107,7 @@ def load_task(config: TaskConfig, splits: Sequence[str] = SPLITS) -> TaskData:
         DataError: the source, the template, rows or labels are wrong, or a split has no rows.
     """
     task = _catalogue_task(config)
-    reader = _reader(config, task)
+    reader = task_reader(config)
     sources = open_splits(config.source, task)
     read = _read_needed(config, reader, sources, splits)
     check_rows(read.values(), skip_bad_rows=config.skip_bad_rows)
@@ -140,23 +139,18 @@ def hub_data_set(config: TaskConfig) -> tuple[str, str | None]:
     return names.data_set, names.revision
 
 
-def to_example_inputs(config: TaskConfig) -> Callable[[Row, Place], list[Example]]:
-    """What makes examples of one row that may lack its label, in the same way as `load_task`.
-
-    It raises DataError, with the row's place, where the row cannot be used.
+def task_reader(config: TaskConfig) -> TaskReader:
+    """What makes examples of a task's rows, one by one: `load_task` without a source.
 
     Raises:
         DataError: the template or the label map is wrong.
     """
-    return _reader(config, _catalogue_task(config)).read_input
+    task = _catalogue_task(config)
+    return own_task(config) if task is None else NamedTask(task, config.prefixed)
 
 
 def _catalogue_task(config: TaskConfig) -> CatalogueTask | None:
     return None if config.catalogue is None else find_task(config.catalogue)
-
-
-def _reader(config: TaskConfig, task: CatalogueTask | None) -> TaskReader:
-    return own_task(config) if task is None else NamedTask(task, config.prefixed)
 
 
 def _read_needed(

@@ -76,19 +76,24 @@ class VerbParser(argparse.ArgumentParser):
             "--deepspeed_config", metavar="JSON", help="engine plumbing; decides sharding and dtype"
         )
 
-    def add_prompt_options(self) -> None:
-        """Add the options that all verbs share which have a prompt file answer rows."""
+    def add_prompt_options(self, *, rows_of_task: bool = True) -> None:
+        """Add the options that all verbs share which have a prompt file answer rows.
+
+        Args:
+            rows_of_task: whether they are the task's or those of `--data`, not the verb's own.
+        """
         self.add_argument(
             "--prompt", required=True, metavar="FILE", help="prompt file (.safetensors)"
         )
         self.add_argument(
             "--task", metavar="NAME", help="a task of `softprompt tasks list` instead of the run's"
         )
-        self.add_argument(
-            "--data",
-            metavar="PATH",
-            help="the rows: jsonl, csv, parquet, or SuperGLUE's zip or folder",
-        )
+        if rows_of_task:
+            self.add_argument(
+                "--data",
+                metavar="PATH",
+                help="the rows: jsonl, csv, parquet, or SuperGLUE's zip or folder",
+            )
         self.add_argument(
             "--method", choices=("greedy", "rank"), help="how answers are found; see the recipe"
         )
@@ -134,6 +139,19 @@ class VerbParser(argparse.ArgumentParser):
             super().print_help(file)
 
 
+def count(text: str) -> int:
+    """An option's value that must be at least 1.
+
+    Raises:
+        ArgumentTypeError: it is less.
+        ValueError: it is no whole number.
+    """
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return value
+
+
 def run_verb(main: Main, argv: Sequence[str] | None = None) -> NoReturn:
     """Run `main` and exit; a failure the user can act on becomes one message from one rank.
 
@@ -166,7 +184,7 @@ def _as_user_error(error: BaseException) -> SoftpromptError | None:
         return MachineError(f"Cannot read or write:{place} {error.strerror}. {remedy}")
     if type(error).__name__ == "OutOfMemoryError":
         return MachineError(
-            f"{str(error).splitlines()[0]} Lower batch.micro_batch_size (or micro_batch_tokens) and "
+            f"{str(error).splitlines()[0]} Lower batch.micro_batch_size or micro_batch_tokens, and "
             "evaluation.batch_tokens, or shard the backbone (--deepspeed_config "
             "ds_configs/zero3_bf16.json)."
         )

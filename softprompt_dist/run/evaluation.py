@@ -54,10 +54,11 @@ def evaluate(
     # Before any weight is read.
     _, metadata = ranks.together(lambda: load_prompt(request.prompt_file))
     ranks.on_main(lambda: _make_folder(request.folder))
+    config = _with_prompt_length(config, metadata.prompt_length)
     bench = build_bench(config, ds_config, splits=[request.split])
     task = bench.task
     if ranks.is_main():
-        warn_of_other_family(metadata, task)
+        warn_of_other_family(metadata, task.name, task.data.family)
     prompt_PD = ranks.together(
         lambda: prompt_for(bench.backbone, request.prompt_file, force=request.force)
     )
@@ -144,17 +145,22 @@ def prompt_for(backbone: Backbone, prompt_file: Path, *, force: bool) -> Tensor:
     return prompt_PD
 
 
-def warn_of_other_family(metadata: PromptMetadata, task: LoadedTask) -> None:
-    """Say so where a prompt was tuned for other kinds of answers than the task has."""
-    if metadata.task_family and metadata.task_family != task.data.family:
+def warn_of_other_family(metadata: PromptMetadata, task: str, family: str) -> None:
+    """Say so where a prompt was tuned for other kinds of answers than those of `task`."""
+    if metadata.task_family and metadata.task_family != family:
         log.warning(
-            "The prompt was tuned for %s (%s); answers of %s are of another kind (%s), so its "
-            "score says little.",
+            "The prompt was tuned for %s (%s); answers of %s are of another kind (%s), so "
+            "they say little.",
             metadata.task,
             metadata.task_family,
-            task.name,
-            task.data.family,
+            task,
+            family,
         )
+
+
+def _with_prompt_length(config: TuneConfig, prompt_length: int) -> TuneConfig:
+    prompt = config.prompt.model_copy(update={"prompt_length": prompt_length})
+    return config.model_copy(update={"prompt": prompt})
 
 
 def _make_folder(folder: Path | None) -> None:

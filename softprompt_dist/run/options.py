@@ -23,13 +23,13 @@ def tune_config(options: argparse.Namespace) -> tuple[TuneConfig, dict[str, Any]
 
 
 def prompt_config(
-    options: argparse.Namespace, *, split: str
+    options: argparse.Namespace, *, split: str | None = None
 ) -> tuple[TuneConfig, dict[str, Any] | None]:
     """As `tune_config`, for a verb with `--prompt`: by default the config of the run that made it.
 
     Args:
         options: those of `VerbParser.add_recipe_options` and `add_prompt_options`.
-        split: what `--data` is, where it is a file.
+        split: what `--data` is, where it is a file; None for a verb without that option.
 
     Raises:
         ConfigError: see `tune_config`; or there is no config beside the prompt and no `--recipe`.
@@ -48,15 +48,17 @@ def prompt_config(
     return _with_engine(check_values(TuneConfig, values, options.overrides), options)
 
 
-def _put_task(values: dict[str, Any], options: argparse.Namespace, split: str) -> None:
+def _put_task(values: dict[str, Any], options: argparse.Namespace, split: str | None) -> None:
     """Put in the task, the rows and the way of answering that the command line asks for."""
     task = values["task"]
     if options.task is not None and options.task != task["catalogue"]:
-        task = {"catalogue": find_task(options.task).name}
-    if options.data is not None:
+        as_tuned = {key: task[key] for key in ("prefixed", "append_eos")}
+        task = {"catalogue": find_task(options.task).name, **as_tuned}
+    if split is not None and options.data is not None:
         task["source"] = _source(Path(options.data), split)
     task["skip_bad_rows"] = task.get("skip_bad_rows", False) or options.skip_bad_rows
-    values["task"] = task
+    # Of the run's tasks one is scored; another name for it must not clash with the rest.
+    values |= {"task": task, "mixture": {}, "transfer": []}
     values["evaluation"]["method"] = options.method or values["evaluation"]["method"]
 
 

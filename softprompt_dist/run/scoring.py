@@ -5,7 +5,7 @@ Axes: B batch, A answers (the label set), T target tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,7 +72,6 @@ class Scorer:
     batch_tokens: int
     """Positions that a rank scores at a time."""
 
-    @torch.no_grad()
     def predict(
         self, prompt: SoftPrompt, examples: Sequence[TokenExample], rule: AnswerRule
     ) -> list[Prediction]:
@@ -81,13 +80,29 @@ class Scorer:
         Equal inputs are read once. Batches depend on the inputs alone, not on the ranks, so that
         any number of them computes the same sums in the same order.
         """
+        return self.predict_blocks(prompt, [examples], rule)
+
+    @torch.no_grad()
+    def predict_blocks(
+        self, prompt: SoftPrompt, blocks: Sequence[Sequence[TokenExample]], rule: AnswerRule
+    ) -> list[Prediction]:
+        """All ranks: as `predict`, of the examples of all blocks; no batch has those of two.
+
+        So a block's predictions are the same to the bit whichever blocks are asked for with it.
+        """
         was_training = self.backbone.training
         self.backbone.eval()
-        places: dict[tuple[int, ...], int] = {}
-        of_example = [places.setdefault(e.input_ids, len(places)) for e in examples]
-        inputs = list(places)
+        inputs: list[tuple[int, ...]] = []
+        of_example: list[int] = []
+        batches: list[list[int]] = []
+        for block in blocks:
+            places: dict[tuple[int, ...], int] = {}
+            start = len(inputs)
+            of_example += [start + places.setdefault(e.input_ids, len(places)) for e in block]
+            inputs += places
+            batches += [[start + i for i in batch] for batch in self._batches(prompt, places, rule)]
         mine: list[tuple[int, Prediction]] = []
-        for indices, counts in self._rounds(prompt, inputs, rule):
+        for indices, counts in self._rounds(batches):
             batch = self._collate([inputs[i] for i in indices])
             predictions = self._predict_batch(prompt, batch, rule)
             if counts:
@@ -96,21 +111,24 @@ class Scorer:
         by_place = {i: found for part in ranks.gather_objects(mine) for i, found in part}
         return [by_place[place] for place in of_example]
 
-    def _rounds(
-        self, prompt: SoftPrompt, inputs: Sequence[tuple[int, ...]], rule: AnswerRule
-    ) -> Iterator[tuple[list[int], bool]]:
-        """This rank's batches, and whether they count.
-
-        Under ZeRO-3 all ranks must reach every gather: one that has no batch left takes a single
-        row along, whose prediction is thrown away.
-        """
+    def _batches(
+        self, prompt: SoftPrompt, inputs: Collection[tuple[int, ...]], rule: AnswerRule
+    ) -> list[list[int]]:
+        """Which inputs are read together, by their place."""
         copies = len(rule.labels.ids) if self._repeats_inputs(rule) else 1
-        batches = batches_by_length(
+        return batches_by_length(
             [len(ids) for ids in inputs],
             prompt_length=prompt.weight.shape[0],
             budget=max(1, self.batch_tokens // copies),
             extra=rule.positions // copies,
         )
+
+    def _rounds(self, batches: Sequence[list[int]]) -> Iterator[tuple[list[int], bool]]:
+        """This rank's batches, and whether they count.
+
+        Under ZeRO-3 all ranks must reach every gather: one that has no batch left takes a single
+        row along, whose prediction is thrown away.
+        """
         for start in range(0, len(batches), ranks.world_size()):
             own = start + ranks.rank()
             if own < len(batches):
@@ -120,8 +138,9 @@ class Scorer:
 
     def _repeats_inputs(self, rule: AnswerRule) -> bool:
         """Whether what is held of an input is needed once for each label."""
-        one_pass = self.backbone.family == "seq2seq" or max(map(len, rule.labels.ids)) == 1
-        return rule.method == "rank" and not one_pass
+        if rule.method == "greedy" or self.backbone.family == "seq2seq":
+            return False
+        return max(map(len, rule.labels.ids)) > 1
 
     def _collate(self, inputs: Sequence[tuple[int, ...]]) -> TokenBatch:
         pad_id = pad_id_of(self.tokenizer)

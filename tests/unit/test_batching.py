@@ -3,7 +3,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from softprompt_dist.data.batching import TokenExample, collate, tokenise
+from softprompt_dist.data.batching import TokenExample, collate, tokenise, tokenise_inputs
 from softprompt_dist.data.examples import Example
 from softprompt_dist.errors import DataError
 
@@ -40,6 +40,16 @@ def test_long_inputs_are_cut_and_counted():
     assert (seq2seq.num_truncated, causal.num_truncated) == (1, 1)
     assert tokens("a b c", "seq2seq", limit=4).num_truncated == 0
     assert tokens("a b c", "causal", limit=3).num_truncated == 0
+
+
+@pytest.mark.parametrize("family", ["seq2seq", "causal"])
+def test_inputs_alone_have_the_tokens_they_have_with_a_target(family):
+    texts, tokenizer = ["a b c d", "b"], word_tokenizer(eos_token="</s>")
+    alone = tokenise_inputs(texts, tokenizer, family=family, max_input_tokens=3)
+    pairs = [tokens(text, family, limit=3) for text in texts]
+    assert [e.input_ids for e in alone.examples] == [p.examples[0].input_ids for p in pairs]
+    assert [e.target_ids for e in alone.examples] == [(), ()]
+    assert alone.num_truncated == 1
 
 
 def test_one_token_of_room_keeps_a_valid_input():

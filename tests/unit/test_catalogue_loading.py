@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from softprompt_dist.data.rows import stream_rows
-from softprompt_dist.data.tasks import TaskData, hash_split, load_task, to_example_inputs
+from softprompt_dist.data.tasks import TaskData, hash_split, load_task, task_reader
 from softprompt_dist.errors import DataError
 from softprompt_dist.task_config import SourceConfig, TaskConfig
 
@@ -166,7 +166,7 @@ def test_a_split_without_labels_is_refused_as_a_whole(tmp_path: Path) -> None:
 def test_rows_to_predict_need_no_label(tmp_path: Path) -> None:
     rows = [{k: v for k, v in row.items() if k != "label"} for row in BOOLQ[:2]]
     write(tmp_path / "in.jsonl", [*rows, {"question": "why"}])
-    to_inputs = to_example_inputs(TaskConfig(catalogue="boolq", prefixed=True))
+    to_inputs = task_reader(TaskConfig(catalogue="boolq", prefixed=True)).read_input
     *good, bad = stream_rows(tmp_path / "in.jsonl")
     made = [example for row in good for example in to_inputs(row.row, row.where)]
     assert [(e.id, e.target_text) for e in made] == [("100", ""), ("101", "")]

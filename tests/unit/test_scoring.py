@@ -189,3 +189,23 @@ def test_scoring_leaves_mode_gradient_and_random_state_alone(stages: dict[str, S
 def test_no_rows_no_predictions(stages: dict[str, Stage]) -> None:
     stage = stages["seq2seq"]
     assert stage.predict(stage.rule("rank"), []) == []
+
+
+@pytest.mark.parametrize("method", ["rank", "greedy"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_block_is_predicted_the_same_whatever_comes_with_it(
+    stages: dict[str, Stage], family: str, method: Literal["rank", "greedy"]
+) -> None:
+    stage, rule = stages[family], stages[family].rule(method)
+    scorer = Scorer(stage.backbone, stage.tokenizer, batch_tokens=200)
+    blocks = [stage.rows[:9], [], stage.rows[7:16]]
+    together = scorer.predict_blocks(stage.prompt, blocks, rule)
+    apart = [p for block in blocks for p in scorer.predict(stage.prompt, block, rule)]
+    assert together == apart
+    assert len(together) == 18
+
+
+def test_a_causal_model_answers_free_text(stages: dict[str, Stage]) -> None:
+    stage = stages["causal"]
+    expected = stage.predict(stage.rule("greedy"))
+    assert stage.predict(AnswerRule("greedy", LabelSet((), ()), 4)) == expected

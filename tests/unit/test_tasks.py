@@ -6,7 +6,7 @@ import pytest
 
 from softprompt_dist.data.rows import stream_rows
 from softprompt_dist.data.sources import SPLITS
-from softprompt_dist.data.tasks import hash_split, load_task, to_example_inputs
+from softprompt_dist.data.tasks import hash_split, load_task, task_reader
 from softprompt_dist.errors import DataError
 from softprompt_dist.task_config import SourceConfig, TaskConfig
 
@@ -375,7 +375,7 @@ def test_rows_to_predict_need_no_label(tmp_path):
     rows = [{"text": "a"}, {"text": "b", "label": 1}, {"text": "c", "label": "?"}, {"label": 1}]
     path = tmp_path / "rows.jsonl"
     write_jsonl(path, rows)
-    to_inputs = to_example_inputs(TaskConfig(labels=LABELS, input_template="It: {text}"))
+    to_inputs = task_reader(TaskConfig(labels=LABELS, input_template="It: {text}")).read_input
     *good, bad = stream_rows(path)
     made = [example for row in good for example in to_inputs(row.row, row.where)]
     assert [(e.input_text, e.target_text, e.id) for e in made] == [
