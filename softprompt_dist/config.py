@@ -7,7 +7,12 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from softprompt_dist.section import BatchConfig, CheckpointConfig, NotNegative, Positive, Section
-from softprompt_dist.task_config import MixtureConfig, TaskConfig, TransferConfig
+from softprompt_dist.task_config import (
+    MixtureConfig,
+    TaskConfig,
+    TransferConfig,
+    folder_name,
+)
 
 
 class BackboneConfig(Section):
@@ -189,4 +194,20 @@ class TuneConfig(Section):
                 "would ever "
                 "end. Set evaluation.method=rank or task.append_eos=true."
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_names_differ(self) -> TuneConfig:
+        tuned = {f"mixture.tasks.{i}": task for i, task in enumerate(self.mixture.tasks)}
+        scored = [(key, task, "test") for key, task in {"task": self.task, **tuned}.items()]
+        scored += [(f"transfer.{i}.task", t.task, t.split) for i, t in enumerate(self.transfer)]
+        for place, (key, task, split) in enumerate(scored):
+            for earlier_key, earlier, earlier_split in scored[:place]:
+                if folder_name(task.name) != folder_name(earlier.name):
+                    continue
+                if task != earlier or split == earlier_split:
+                    raise ValueError(
+                        f"{earlier_key}.name is {earlier.name!r} and {key}.name is {task.name!r}, "
+                        f"so their results would lie in one place. Set another {key}.name."
+                    )
         return self

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from softprompt_dist.parallel.verb import VerbParser, run_verb
+from softprompt_dist.parallel.verb import VerbParser, count, run_verb
 from softprompt_dist.run.options import prompt_config
 
 
@@ -21,7 +21,7 @@ def build_parser() -> VerbParser:
     parser.add_prompt_options()
     parser.add_argument("--split", default="test", choices=("train", "validation", "test"))
     parser.add_argument(
-        "--max-examples", type=int, metavar="N", help="score a fair sample of N rows"
+        "--max-examples", type=count, metavar="N", help="score a fair sample of N rows"
     )
     parser.add_argument(
         "--output",

@@ -137,6 +137,8 @@ def _describe(kind: type[Section], error: Any) -> str:
 
 def _section_at(kind: type[Section], location: Sequence[str]) -> type[Section]:
     for name in location:
+        if name.isdigit():  # a place in a list of sections
+            continue
         field = kind.model_fields.get(name)
         inner = next(_sections(field.annotation), None) if field else None
         if inner is None:
@@ -146,7 +148,7 @@ def _section_at(kind: type[Section], location: Sequence[str]) -> type[Section]:
 
 
 def _sections(annotation: Any) -> Iterator[type[Section]]:
-    if get_origin(annotation) is Union:
+    if get_origin(annotation) in (Union, list):
         for argument in get_args(annotation):
             yield from _sections(argument)
     elif isinstance(annotation, type) and issubclass(annotation, Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -93,6 +94,11 @@ class TaskConfig(Section):
                 "input_template."
             )
         return self
+
+
+def folder_name(task: str) -> str:
+    """A task's name as folders of its results have it."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", task).strip(".-") or "task"
 
 
 class MixtureConfig(Section):

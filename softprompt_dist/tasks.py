@@ -18,7 +18,7 @@ from softprompt_dist.data.catalogue.registry import CATALOGUE, find_task
 from softprompt_dist.data.catalogue.samples import sample_rows
 from softprompt_dist.data.examples import Example
 from softprompt_dist.errors import ConfigError, DataError
-from softprompt_dist.parallel.verb import VerbParser, run_verb
+from softprompt_dist.parallel.verb import VerbParser, count, run_verb
 
 _SUITES = {
     "superglue": "SuperGLUE",
@@ -52,7 +52,7 @@ class _ActionParser(argparse.ArgumentParser):
 def _add_show_options(show: argparse.ArgumentParser) -> None:
     show.add_argument("name", metavar="NAME", help="a task of `softprompt tasks list`")
     show.add_argument(
-        "--examples", metavar="N", type=_count, default=3, help="how many (default: 3)"
+        "--examples", metavar="N", type=count, default=3, help="how many (default: 3)"
     )
     show.add_argument("--prefixed", action="store_true", help="with T5's task prefix")
     show.add_argument(
@@ -195,13 +195,6 @@ def _score(options: argparse.Namespace) -> Iterable[str]:
     from softprompt_dist.metrics.score_report import score_report
 
     return [score_report(options.results, partial=options.partial)]
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return value
 
 
 _ACTIONS = {"list": _list, "show": _show, "metrics": _metrics, "score": _score}

@@ -15,6 +15,7 @@ from softprompt_dist.config import TuneConfig
 from softprompt_dist.data.batching import tokenizer_fingerprint
 from softprompt_dist.errors import CheckpointError, NonFiniteLossError
 from softprompt_dist.metrics.registry import find_metrics
+from softprompt_dist.metrics.scores import Scores
 from softprompt_dist.parallel import ranks
 from softprompt_dist.parallel.equality import assert_equal_on_all_ranks
 from softprompt_dist.prompt.file import PromptMetadata, save_prompt
@@ -95,17 +96,13 @@ def validate(run: TuningRun, state: TuningState, directory: RunDirectory, journa
 
     The score is the mean over the tasks of each task's own.
     """
-    values: dict[str, float] = {}
-    scores: list[float] = []
+    found: list[Scores] = []
     for task in run.tasks:
         split = task.splits["validation"].sample(run.config.evaluation.max_validation_examples)
-        found = task.judge(run.predict(run.prompt, task, split), split.texts)
-        prefix = f"{task.name}/" if len(run.tasks) > 1 else ""
-        values |= {prefix + name: value for name, value in found.values.items()}
-        scores.append(found.score)
-    score = sum(scores) / len(scores)
-    name = score_name(run.tasks)
-    journal.log(state.step, values if name in values else {**values, name: score}, "validation")
+        found.append(task.judge(run.predict(run.prompt, task, split), split.texts))
+    values = score_values(run.tasks, found)
+    score = values[score_name(run.tasks)]
+    journal.log(state.step, values, "validation")
     best = state.best_score
     gained = best is None or score > best
     state.validations_without_gain = 0 if gained else state.validations_without_gain + 1
@@ -230,6 +227,16 @@ def score_name(tasks: Sequence[LoadedTask]) -> str:
     """What a validation score is called: its metric, or `score` where it is a mean of several."""
     values = [value for m in find_metrics(tasks[0].data.metrics) for value in m.gives]
     return values[0] if len(tasks) == 1 and len(values) == 1 else "score"
+
+
+def score_values(tasks: Sequence[LoadedTask], found: Sequence[Scores]) -> dict[str, float]:
+    """What metrics.jsonl has of the tasks' scores: the values of each, and the mean over tasks."""
+    values = {
+        (f"{task.name}/" if len(tasks) > 1 else "") + name: value
+        for task, scores in zip(tasks, found, strict=True)
+        for name, value in scores.values.items()
+    }
+    return values | {score_name(tasks): sum(scores.score for scores in found) / len(found)}
 
 
 def _has_stalled(run: TuningRun, state: TuningState) -> bool:

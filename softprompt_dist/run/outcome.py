@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 from softprompt_dist.durable import replace_file
 from softprompt_dist.parallel import ranks
@@ -13,7 +14,7 @@ from softprompt_dist.run.evaluation_report import EvaluationFiles, screen_text, 
 from softprompt_dist.run.journal import Journal
 from softprompt_dist.run.judgement import judge
 from softprompt_dist.run.learning_curve import plot_learning_curve
-from softprompt_dist.run.loop import TuningState, score_name
+from softprompt_dist.run.loop import TuningState, score_name, score_values
 from softprompt_dist.run.transfer import Domain, transfer_table, write_transfer
 from softprompt_dist.run.tuning import TuningRun
 
@@ -38,13 +39,16 @@ def report_outcome(
     elsewhere = [answer(run, best, task, name) for task in run.transfers for name in task.splits]
 
     def write() -> None:
-        untuned = _untuned_answers(directory)
+        prompt_file, untuned = directory.prompts / "best.safetensors", _untuned_answers(directory)
         domains = []
-        for answered in (*own, *elsewhere):
-            found = untuned.get(answered.task.name) if answered in own else None
-            others = {} if found is None else {UNTUNED: found}
-            asked = evaluation_of(run, answered, directory.prompts / "best.safetensors", others)
-            domains.append(Domain(asked, judge(asked), is_tuned=answered in own))
+        for answered in own:
+            name = answered.task.name
+            others = {UNTUNED: untuned[name]} if name in untuned else {}
+            asked = evaluation_of(run, answered, prompt_file, others)
+            domains.append(Domain(asked, judge(asked), is_tuned=True))
+        for answered in elsewhere:
+            asked = evaluation_of(run, answered, prompt_file)
+            domains.append(Domain(asked, judge(asked), is_tuned=False))
         _write(run, state, directory, journal, domains)
 
     ranks.on_main(write)
@@ -67,9 +71,9 @@ def _write(
     domains: list[Domain],
 ) -> None:
     own, *others = domains
-    floors = {f"{name} (test)": own.judgement.scores[name].score for name in own.floors}
+    tuned = [domain for domain in domains if domain.is_tuned]
     curve = directory.plots / "learning_curve.png"
-    plot_learning_curve(directory.metrics, floors, curve, score=score_name(run.tasks))
+    plot_learning_curve(directory.metrics, _floors(tuned), curve, score=score_name(run.tasks))
     files = EvaluationFiles(
         directory.report,
         directory.results,
@@ -83,10 +87,20 @@ def _write(
             domain.evaluation,
             domain.judgement,
         )
-    journal.log(state.step, own.judgement.subject.values, kind="test")
+    found = [domain.judgement.subject for domain in tuned]
+    journal.log(state.step, score_values(run.tasks, found), kind="test")
     journal.say(f"\n{own.title}\n\n{screen_text(own.evaluation, own.judgement)}")
     if others:
         write_transfer(directory.transfer, domains)
         journal.say(f"\n{transfer_table(domains)}")
     journal.say(f"Best prompt (step {state.best_step}): {directory.prompts / 'best.safetensors'}")
     journal.say(f"Learning curve: {curve}")
+
+
+def _floors(tuned: Sequence[Domain]) -> dict[str, float]:
+    """Those that all the tasks have: the mean over the tasks, as the validation score is one."""
+    shared = [name for name in tuned[0].floors if all(name in domain.floors for domain in tuned)]
+    return {
+        f"{name} (test)": sum(d.judgement.scores[name].score for d in tuned) / len(tuned)
+        for name in shared
+    }

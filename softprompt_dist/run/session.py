@@ -69,13 +69,15 @@ def _refuse_to_start(directory: RunDirectory) -> None:
 
 def _data_records(run: TuningRun) -> dict[str, Any]:
     """Where each split of each task comes from, and its digest."""
-    return {
-        task.name: {
-            split: {**dataclasses.asdict(record), "examples_sha256": task.data.digests[split]}
-            for split, record in task.data.records.items()
-        }
-        for task in (*run.tasks, *run.transfers)
-    }
+    records: dict[str, Any] = {}
+    for task in (*run.tasks, *run.transfers):
+        records.setdefault(task.name, {}).update(
+            {
+                split: {**dataclasses.asdict(record), "examples_sha256": task.data.digests[split]}
+                for split, record in task.data.records.items()
+            }
+        )
+    return records
 
 
 def _headline(run: TuningRun, step: int) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from softprompt_dist.run.evaluation_report import evaluation_result
 from softprompt_dist.run.judgement import FLOORS, Evaluation, Judgement
 from softprompt_dist.run.loaded_task import LoadedTask, TextReader
 from softprompt_dist.run.report import interval_text
-from softprompt_dist.task_config import TransferConfig
+from softprompt_dist.task_config import TransferConfig, folder_name
 
 
 def transfer_target(
@@ -52,7 +51,7 @@ class Domain:
     @property
     def folder(self) -> str:
         """Where its own report lies, below the run's directory."""
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", self.evaluation.task).strip(".-") or "task"
+        name = folder_name(self.evaluation.task)
         return f"{'tasks' if self.is_tuned else 'transfer'}/{name}-{self.evaluation.split}"
 
     @property
