@@ -97,11 +97,18 @@ class TaskData:
         return self.splits["test"]
 
 
-def load_task(config: TaskConfig, splits: Sequence[str] = SPLITS) -> TaskData:
+def load_task(
+    config: TaskConfig, splits: Sequence[str] = SPLITS, *, if_there: Sequence[str] = ()
+) -> TaskData:
     """Read, fill in, check and split; without any collective.
 
     A split that the source lacks is a tenth of train by hash of the text, and train is without that
     tenth whether it is asked for or not. Other splits that are not asked for are not read.
+
+    Args:
+        config: the task.
+        splits: which are wanted.
+        if_there: which are wanted besides, where the source has them.
 
     Raises:
         DataError: the source, the template, rows or labels are wrong, or a split has no rows.
@@ -109,6 +116,8 @@ def load_task(config: TaskConfig, splits: Sequence[str] = SPLITS) -> TaskData:
     task = _catalogue_task(config)
     reader = task_reader(config)
     sources = open_splits(config.source, task)
+    wanted = {*splits, *(split for split in if_there if split in sources)}
+    splits = [split for split in SPLITS if split in wanted]
     read = _read_needed(config, reader, sources, splits)
     check_rows(read.values(), skip_bad_rows=config.skip_bad_rows)
     origins = {split: read[split if split in sources else "train"] for split in splits}

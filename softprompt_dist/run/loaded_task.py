@@ -15,8 +15,7 @@ from softprompt_dist.config import EvaluationConfig, TuneConfig
 from softprompt_dist.data.batching import Family, tokenise
 from softprompt_dist.data.examples import Example
 from softprompt_dist.data.order import ExampleOrder
-from softprompt_dist.data.sources import SPLITS
-from softprompt_dist.data.tasks import TaskData, load_task
+from softprompt_dist.data.tasks import TaskData, load_task, task_reader
 from softprompt_dist.data.token_cache import tokens_of
 from softprompt_dist.data.token_table import TokenTable
 from softprompt_dist.errors import ConfigError
@@ -103,27 +102,23 @@ class LoadedTask:
         return tuple(label.strip() for label in self.data.labels)
 
 
-def with_floors(config: TaskConfig, splits: Sequence[str]) -> list[str]:
-    """The splits to read when `splits` are scored: train too, for the floors, if the source has it.
-
-    A floor that was fitted on the rows it is asked about would be none.
-    """
-    source = config.source
-    has_train = source.kind != "files" or source.train is not None
-    wanted = {*splits, "train"} if has_train and "train" not in splits else {*splits}
-    return [split for split in SPLITS if split in wanted]
-
-
 def read_task(config: TaskConfig, splits: Sequence[str]) -> TaskData:
     """All ranks: a task's rows as text, the same on every rank.
+
+    Train is among them for the floors, if the task has any and the source has it: a floor fitted on
+    the rows that it is asked about would be none.
 
     Raises:
         SoftpromptError: see `load_task`; or the ranks have read different rows.
     """
+
+    def load() -> TaskData:
+        return load_task(config, splits, if_there=["train"] if task_reader(config).labels else [])
+
     found: list[TaskData] = []
     # Rank 0 fetches what the source needs once; the others find it in the cache.
-    ranks.on_main(lambda: found.append(load_task(config, splits)))
-    data = ranks.together(lambda: found[0] if found else load_task(config, splits))
+    ranks.on_main(lambda: found.append(load()))
+    data = ranks.together(lambda: found[0] if found else load())
     assert_same_on_all_ranks(dict(data.digests), f"The data of task {data.name}")
     return data
 

@@ -30,7 +30,7 @@ from softprompt_dist.parallel import ranks
 from softprompt_dist.parallel.equality import assert_equal_on_all_ranks, assert_same_on_all_ranks
 from softprompt_dist.prompt.initialise import initialise_prompt
 from softprompt_dist.prompt.module import SoftPrompt
-from softprompt_dist.run.loaded_task import LoadedTask, Split, TextReader, read_task, with_floors
+from softprompt_dist.run.loaded_task import LoadedTask, Split, TextReader, read_task
 from softprompt_dist.run.optimizer import build_optimizer
 from softprompt_dist.run.room import assert_room
 from softprompt_dist.run.scoring import Prediction, Scorer, pad_id_of
@@ -178,8 +178,8 @@ def _read_texts(config: TuneConfig, splits: Sequence[str] | None, *, for_tuning:
     transfers = config.transfer if for_tuning else []
     scored = list(splits or SPLITS)
     # Rows before the backbone, which may take long to fetch: what is wrong with them is said first.
-    data = [read_task(task, with_floors(task, scored)) for task in configs]
-    elsewhere = [read_task(each.task, with_floors(each.task, [each.split])) for each in transfers]
+    data = [read_task(task, scored) for task in configs]
+    elsewhere = [read_task(each.task, [each.split]) for each in transfers]
     folder = locate_backbone(config.backbone)
     tokenizer = ranks.together(lambda: load_tokenizer(folder))
     reader = TextReader(config, tokenizer, ranks.together(lambda: family_of(folder)))
