@@ -7,9 +7,10 @@ Axes: B batch, S source tokens, T target tokens, V vocabulary, P prompt, D width
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,10 +63,15 @@ class IdsAsText:
     def __init__(self, tokenizer: Any) -> None:
         self.pad_token_id = tokenizer.pad_token_id
         self.eos_token_id = tokenizer.eos_token_id
+        self.unk_token = self.unk_token_id = None
 
-    def batch_decode(self, ids_BT: torch.Tensor, **_: Any) -> list[str]:
+    def __len__(self) -> int:
+        """No id is beyond this vocabulary."""
+        return sys.maxsize
+
+    def batch_decode(self, rows: Sequence[Sequence[int]], **_: Any) -> list[str]:
         """Numbers before the first end-of-sequence piece."""
-        return [" ".join(map(str, self._answer(row))) for row in ids_BT.tolist()]
+        return [" ".join(map(str, self._answer(list(row)))) for row in rows]
 
     def _answer(self, ids: list[int]) -> list[int]:
         return ids[: ids.index(self.eos_token_id)] if self.eos_token_id in ids else ids
@@ -87,12 +93,11 @@ class CountingScorer(Scorer):
 class PaddedScorer(CountingScorer):
     """Our scorer, but rows in their given order, in batches of one size, padded to one length."""
 
-    def _rounds(
-        self, prompt: SoftPrompt, inputs: Sequence[tuple[int, ...]], rule: AnswerRule
-    ) -> Iterator[tuple[list[int], bool]]:
-        size = self.work.settings["batch_size"]
-        for start in range(0, len(inputs), size):
-            yield list(range(len(inputs)))[start : start + size], True
+    def _batches(
+        self, prompt: SoftPrompt, inputs: Collection[tuple[int, ...]], rule: AnswerRule
+    ) -> list[list[int]]:
+        size, places = self.work.settings["batch_size"], list(range(len(inputs)))
+        return [places[start : start + size] for start in places[::size]]
 
     def _collate(self, inputs: Sequence[tuple[int, ...]]) -> TokenBatch:
         batch = Scorer._collate(self, inputs)

@@ -70,7 +70,7 @@ class PeftPredictor:
         trainer = self._trainer(predict_with_generate=True)
         found = trainer.predict(rows, max_new_tokens=length, num_beams=1, do_sample=False)
         ids_BT = torch.as_tensor(found.predictions)[:, 1 : 1 + length]  # after the start token
-        return [Prediction(text) for text in self._ids.batch_decode(ids_BT)]
+        return [Prediction(text) for text in self._ids.batch_decode(ids_BT.tolist())]
 
     def _ranked(self, examples: Sequence[TokenExample]) -> list[Prediction]:
         labels = self._work.labels

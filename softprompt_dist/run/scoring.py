@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from softprompt_dist.backbone.base import Backbone
 from softprompt_dist.data.batching import TokenBatch, TokenExample, collate
 from softprompt_dist.data.bucketing import batches_by_length
+from softprompt_dist.data.detokenise import detokenise
 from softprompt_dist.parallel import ranks
 from softprompt_dist.prompt.module import SoftPrompt
 
@@ -194,9 +195,8 @@ class Scorer:
             if len(columns) == max_target_tokens or self._all_finished(finished_B):
                 break
             reading = self.backbone.extend(reading, next_B)
-        ids_BT = torch.stack(columns, dim=1)
-        texts = self.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)
-        return [Prediction(text.strip()) for text in texts]
+        ids_BT = torch.stack(columns, dim=1).tolist()
+        return [Prediction(text.strip()) for text in detokenise(ids_BT, self.tokenizer)]
 
     def _all_finished(self, finished_B: Tensor) -> bool:
         unfinished = (~finished_B).any().float().reshape(1)
@@ -206,9 +206,9 @@ class Scorer:
 
 
 def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The padding id, or the end-of-sequence id where a tokenizer has none (padding is masked)."""
-    pad_id = tokenizer.pad_token_id
-    return int(tokenizer.eos_token_id if pad_id is None else pad_id)
+    """The padding id; where a tokenizer has none, any other (padding is masked)."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((int(i) for i in known if i is not None), 0)
 
 
 def _divisors(rule: AnswerRule) -> Tensor:
