@@ -40,9 +40,12 @@ def our_run(settings: Mapping[str, Any]) -> dict[str, Any]:
     with PeakMemory() as peak, tempfile.TemporaryDirectory() as name:
         run = build_tuning_run(config)
         clock.watch_forward(run.backbone)
-        run.backbone.register_forward_pre_hook(
-            lambda _, given: clock.add("flops", _flops_of_batch(run.backbone.config, *given))
-        )
+
+        def count_flops(_: torch.nn.Module, given: tuple[Any, ...]) -> None:
+            if torch.is_grad_enabled():  # an update's; scoring has passes of its own
+                clock.add("flops", _flops_of_batch(run.backbone.config, *given))
+
+        run.backbone.register_forward_pre_hook(count_flops)
         run.optimizer.step = clock.timed("optimizer", run.optimizer.step)  # type: ignore[method-assign]
         directory = RunDirectory(ranks.broadcast_object(name))
         directory.create()

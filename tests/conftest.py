@@ -50,10 +50,7 @@ def lively_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with train.jsonl, validation.jsonl and test.jsonl."""
-    folder = tmp_path_factory.mktemp("data")
-    for seed, (split, count) in enumerate({"train": 150, "validation": 21, "test": 21}.items()):
-        runs.write_rows(folder / f"{split}.jsonl", runs.make_rows(count, seed))
-    return folder
+    return runs.write_splits(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from tokenizers import SentencePieceUnigramTokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from softprompt_dist.data.sources import SPLITS
 from softprompt_dist.run.metrics_file import read_metrics
 from tests.models import make_llama, make_t5, save_model
 
@@ -24,28 +25,37 @@ ANSWERS = {"apple": "fruit", "carrot": "root", "salmon": "fish"}
 """Word in the text -> the target text. A target has several pieces."""
 POISON = "☃"
 """A character that the tokenizer does not know."""
+SIDES = {"milk": "left", "stone": "right"}
+"""Of another task: labels of their own, of which there are two."""
 _FILLERS = ["the", "a", "we", "they", "saw", "ate", "near", "old", "green", "river", "today", "and"]
 # Everything is partitioned: without this DeepSpeed leaves tensors this small whole on every rank.
 PARTITION_EVERYTHING = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 
 
-def make_rows(count: int, seed: int) -> list[dict[str, str]]:
-    """Short texts of 3 to 9 words; the label is the one food that occurs."""
+def make_rows(count: int, seed: int, words: Mapping[str, str] = ANSWERS) -> list[dict[str, str]]:
+    """Short texts of 3 to 9 words; the label is the one of `words` (the foods) that occurs."""
     chosen = random.Random(seed)
-    return [_row(chosen, chosen.choice(list(ANSWERS))) for _ in range(count)]
+    return [_row(chosen, chosen.choice(list(words))) for _ in range(count)]
 
 
-def _row(chosen: random.Random, food: str) -> dict[str, str]:
+def _row(chosen: random.Random, word: str) -> dict[str, str]:
     words = [chosen.choice(_FILLERS) for _ in range(chosen.randint(2, 8))]
-    words.insert(chosen.randint(0, len(words)), food)
-    return {"text": " ".join(words), "label": food}
+    words.insert(chosen.randint(0, len(words)), word)
+    return {"text": " ".join(words), "label": word}
 
 
-def write_rows(path: Path, rows: Iterable[Mapping[str, str]]) -> Path:
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     """Write a jsonl file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def write_splits(folder: Path, words: Mapping[str, str] = ANSWERS) -> Path:
+    """train.jsonl, validation.jsonl and test.jsonl in a folder."""
+    for seed, (split, count) in enumerate({"train": 150, "validation": 21, "test": 21}.items()):
+        write_rows(folder / f"{split}.jsonl", make_rows(count, seed, words))
+    return folder
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
@@ -92,19 +102,20 @@ def tiny_recipe(backbone: Path, data: Path) -> dict[str, Any]:
         "seed": 5,
         "steps": 40,
         "backbone": {"path": str(backbone), "sharding": "replicated", "max_input_tokens": 48},
-        "task": {
-            "name": "foods",
-            "source": {
-                "kind": "files",
-                **{name: str(data / f"{name}.jsonl") for name in ("train", "validation", "test")},
-            },
-            "labels": ANSWERS,
-        },
+        "task": task("foods", data, ANSWERS),
         "prompt": {"prompt_length": 5},
         "batch": {"global_batch_size": 8, "micro_batch_size": 4},
         "evaluation": {"every_steps": 10, "method": "rank", "batch_tokens": 256},
         "checkpoint": {"every_steps": 10, "keep_last": 3},
     }
+
+
+def task(
+    name: str, data: Path, labels: Mapping[str, str], splits: Iterable[str] = SPLITS, **more: Any
+) -> dict[str, Any]:
+    """The section of a task whose splits are files in a folder."""
+    files = {split: str(data / f"{split}.jsonl") for split in splits}
+    return {"name": name, "source": {"kind": "files", **files}, "labels": dict(labels), **more}
 
 
 def write_recipe(path: Path, recipe: Mapping[str, Any]) -> Path:

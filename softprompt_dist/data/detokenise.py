@@ -19,6 +19,8 @@ def detokenise(rows: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase
     stays, an unknown one or an id beyond the vocabulary is ` ⁇ `, and spaces stay where they are.
     transformers would leave out special pieces and, for T5, write `it ' s` as `it's`.
     """
+    if not rows:
+        return []  # transformers makes one text of no rows
     texts = tokenizer.batch_decode(
         [_cleaned(row, tokenizer) for row in rows],
         skip_special_tokens=False,

@@ -59,3 +59,7 @@ def test_without_an_unknown_piece_an_id_beyond_the_vocabulary_says_nothing() -> 
 
 def test_a_tokenizer_that_pads_with_the_end_loses_nothing() -> None:
     assert detokenise([[HELLO, S, END, END]], make_tokenizer(pad="</s>")) == ["Hello s"]
+
+
+def test_no_rows_no_texts() -> None:
+    assert detokenise([], make_tokenizer()) == []
