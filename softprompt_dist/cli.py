@@ -16,6 +16,7 @@ VERBS = {
     "train": "tune a soft prompt for a frozen backbone",
     "adapt": "train all weights of a T5 v1.1 on plain text",
     "evaluate": "score a prompt file on a task",
+    "predict": "have a prompt file answer the rows of a file",
     "tasks": "list the tasks known by name and show the text they give",
     "inspect": "show what a prompt file is and what its rows are near to",
     "convert": "write a bf16 or int8 copy of a backbone, which loads faster",

@@ -41,6 +41,29 @@ def replace_file(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def extend_file(path: Path, content: bytes) -> None:
+    """Add to the end of `path` and flush it to the disk; a crash may leave a part of `content`.
+
+    Raises:
+        OSError: the disk is full, or the file may not be written.
+    """
+    with path.open("ab") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def cut_file(path: Path, size: int) -> None:
+    """Take away what `path` holds beyond `size` bytes, and flush it to the disk.
+
+    Raises:
+        OSError: the file may not be written.
+    """
+    with path.open("r+b") as file:
+        file.truncate(size)
+        os.fsync(file.fileno())
+
+
 def flush_folder(folder: Path) -> None:
     """Make the names in `folder` durable: a rename alone may be lost with the power."""
     with _opened(folder) as descriptor:

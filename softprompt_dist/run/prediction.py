@@ -1,0 +1,134 @@
+"""Answers of a prompt to the rows of a file of any length, in a world that was joined already."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from softprompt_dist.backbone.base import Backbone
+from softprompt_dist.backbone.load import family_of, load_tokenizer, locate_backbone
+from softprompt_dist.config import TuneConfig
+from softprompt_dist.data.batching import (
+    Tokenised,
+    end_of_sequence,
+    tokenise_inputs,
+    tokenizer_fingerprint,
+)
+from softprompt_dist.data.reading import TaskReader
+from softprompt_dist.data.tasks import task_reader
+from softprompt_dist.errors import ConfigError
+from softprompt_dist.parallel import ranks
+from softprompt_dist.prompt.file import load_prompt
+from softprompt_dist.prompt.module import SoftPrompt
+from softprompt_dist.run.evaluation import prompt_for, warn_of_other_family
+from softprompt_dist.run.loaded_task import TextReader, check_method
+from softprompt_dist.run.prediction_desk import PredictionDesk, PredictionRequest
+from softprompt_dist.run.prediction_rows import Encode
+from softprompt_dist.run.scoring import AnswerRule, LabelSet
+from softprompt_dist.run.tuning import build_bench
+
+DEFAULT_TARGET_TOKENS = 64
+"""Of free text, whose longest target nobody knows."""
+
+
+def predict(
+    config: TuneConfig, request: PredictionRequest, ds_config: dict[str, Any] | None = None
+) -> None:
+    """All ranks: answer every row of a file; continues what a killed run has left.
+
+    Raises:
+        PromptFileError: the file is unreadable, or belongs to another backbone and not `force`.
+        DataError: rows, input or output cannot be used, or the output belongs to something else.
+        SoftpromptError: see `build_bench`.
+    """
+    _, metadata = ranks.together(lambda: load_prompt(request.prompt_file))
+    reader = ranks.together(lambda: _checked_reader(config))
+    if ranks.is_main():
+        warn_of_other_family(metadata, config.task.name, reader.family)
+    desk = PredictionDesk(config, request, reader)
+    try:
+        if not ranks.on_main(desk.open):
+            _answer_all(config, request, ds_config, reader, desk)
+    finally:
+        desk.output.close()
+
+
+def _answer_all(
+    config: TuneConfig,
+    request: PredictionRequest,
+    ds_config: dict[str, Any] | None,
+    reader: TaskReader,
+    desk: PredictionDesk,
+) -> None:
+    folder = locate_backbone(config.backbone)
+    tokenizer = ranks.together(lambda: load_tokenizer(folder))
+    texts = TextReader(config, tokenizer, ranks.together(lambda: family_of(folder)))
+    rule = ranks.together(lambda: _rule(texts, reader.labels))
+    encode = _encoder(texts)
+    blocks = ranks.on_main(lambda: desk.next_blocks(encode))  # bad rows are said before the load
+    bench = build_bench(config, ds_config, splits=None)
+    prompt_PD = ranks.together(
+        lambda: prompt_for(bench.backbone, request.prompt_file, force=request.force)
+    )
+    ranks.together(lambda: _check_positions(config, bench.backbone, len(prompt_PD), rule))
+    prompt = SoftPrompt(prompt_PD).to(ranks.device())
+    weights = {
+        "backbone": bench.backbone.fingerprint,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+    }
+    ranks.on_main(lambda: desk.begin(weights))
+    while blocks is not None:
+        predictions = bench.scorer.predict_blocks(prompt, blocks, rule)
+        ranks.on_main(partial(desk.write, predictions, rule.labels.texts))
+        blocks = ranks.on_main(lambda: desk.next_blocks(encode))
+    ranks.on_main(desk.finish)
+
+
+def _checked_reader(config: TuneConfig) -> TaskReader:
+    reader = task_reader(config.task)
+    check_method(config.evaluation, config.task, reader.labels)
+    return reader
+
+
+def _rule(texts: TextReader, labels: Sequence[str]) -> AnswerRule:
+    config = texts.config
+    if config.task.append_eos:
+        end_of_sequence(texts.tokenizer)
+    known = texts.label_set(config.task, labels) if labels else LabelSet((), ())
+    longest = max(map(len, known.ids), default=DEFAULT_TARGET_TOKENS)
+    return AnswerRule(
+        config.evaluation.method,
+        known,
+        config.evaluation.max_target_tokens or longest,
+        config.evaluation.length_normalisation,
+    )
+
+
+def _encoder(texts: TextReader) -> Encode:
+    def encode(inputs: Sequence[str]) -> Tokenised:
+        return tokenise_inputs(
+            inputs,
+            texts.tokenizer,
+            family=texts.family,
+            max_input_tokens=texts.config.backbone.max_input_tokens,
+        )
+
+    return encode
+
+
+def _check_positions(
+    config: TuneConfig, backbone: Backbone, prompt_length: int, rule: AnswerRule
+) -> None:
+    """Refuse settings under which an input could be too long; nobody knows the rows to come."""
+    longest_label = max(map(len, rule.labels.ids), default=0)
+    target = rule.max_target_tokens if rule.method == "greedy" else longest_label
+    needed = prompt_length + config.backbone.max_input_tokens + target
+    limit = backbone.max_positions
+    if limit is not None and needed > limit:
+        raise ConfigError(
+            f"The prompt's {prompt_length} vectors, backbone.max_input_tokens "
+            f"{config.backbone.max_input_tokens} and {target} tokens of answer make {needed} "
+            f"positions, but the backbone has {limit}. Lower backbone.max_input_tokens by "
+            f"{needed - limit} or more."
+        )
