@@ -25,6 +25,7 @@ from softprompt_dist.metrics.registry import find_metrics
 from softprompt_dist.metrics.scores import Scores, measure
 from softprompt_dist.parallel import ranks
 from softprompt_dist.parallel.equality import assert_same_on_all_ranks
+from softprompt_dist.run.label_checks import check_labels
 from softprompt_dist.run.scoring import AnswerRule, LabelSet, Prediction
 from softprompt_dist.task_config import TaskConfig
 
@@ -141,11 +142,20 @@ class TextReader:
         """All ranks: the examples of a task's `splits` as tokens, and its rules.
 
         Raises:
-            SoftpromptError: see `tokenise`; or the way of finding answers does not suit the task.
+            SoftpromptError: see `tokenise`; or the way of finding or judging answers does not suit
+                the task.
         """
         tokens = {name: self._tokens(config, name, data.splits[name]) for name in splits}
-        rule = ranks.together(lambda: self._rule(config, data, tokens))
-        return LoadedTask(config, data, tokens, rule, translation or {})
+
+        def judged_once() -> LoadedTask:
+            rule = self._rule(config, data, tokens)
+            task = LoadedTask(config, data, tokens, rule, translation or {})
+            # A metric that lacks something says so now, not at the first validation.
+            for split in tokens.values():
+                task.judge([Prediction("")], split.texts[:1])
+            return task
+
+        return ranks.together(judged_once)
 
     def _tokens(self, task: TaskConfig, split: str, examples: Sequence[Example]) -> Split:
         table = tokens_of(
@@ -184,7 +194,11 @@ class TextReader:
         )
 
     def label_set(self, task: TaskConfig, labels: Sequence[str]) -> LabelSet:
-        """The label strings as answers spell them, with the ids of the target texts."""
+        """The label strings as answers spell them, with the ids of the target texts.
+
+        Raises:
+            ConfigError: see `check_labels`.
+        """
         tokens = tokenise(
             [Example(label, label) for label in labels],
             self.tokenizer,
@@ -193,7 +207,9 @@ class TextReader:
             append_eos=task.append_eos,
         ).examples
         texts = tuple(label.strip() for label in labels)
-        return LabelSet(texts, tuple(example.target_ids for example in tokens))
+        label_set = LabelSet(texts, tuple(example.target_ids for example in tokens))
+        check_labels(label_set, self.config.evaluation, self.tokenizer)
+        return label_set
 
 
 def check_method(evaluation: EvaluationConfig, task: TaskConfig, labels: Sequence[str]) -> None:

@@ -53,6 +53,10 @@ def test_rows_are_read_one_by_one() -> None:
     assert detokenise([[HELLO, END], [S, S]], make_tokenizer()) == ["Hello", "s s"]
 
 
+def test_no_rows_are_no_texts() -> None:
+    assert detokenise([], make_tokenizer()) == []
+
+
 def test_without_an_unknown_piece_an_id_beyond_the_vocabulary_says_nothing() -> None:
     assert detokenise([[HELLO, 99]], make_tokenizer(unknown=None)) == ["Hello"]
 
