@@ -23,6 +23,7 @@ def check_labels(
     _check_all_differ(labels)
     if evaluation.method == "greedy":
         _check_can_be_written(labels, tokenizer)
+        _check_fits(labels, evaluation.max_target_tokens, tokenizer)
     elif evaluation.length_normalisation == "none":
         _check_none_hides(labels)
 
@@ -44,6 +45,18 @@ def _check_can_be_written(labels: LabelSet, tokenizer: PreTrainedTokenizerBase) 
                 f"The label {text!r} cannot be generated: this backbone's tokenizer makes "
                 f"{written.strip()!r} of it. Choose a text of pieces that it has, or set "
                 "evaluation.method=rank."
+            )
+
+
+def _check_fits(
+    labels: LabelSet, max_target_tokens: int | None, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    for text, ids in _pairs(labels):
+        length = len(ids) - (ids[-1] == tokenizer.eos_token_id)
+        if max_target_tokens is not None and length > max_target_tokens:
+            raise ConfigError(
+                f"evaluation.max_target_tokens is {max_target_tokens}, but the label {text!r} has "
+                f"{length} tokens, so it would never be an answer. Raise it, or leave it out."
             )
 
 

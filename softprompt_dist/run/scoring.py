@@ -49,11 +49,17 @@ class AnswerRule:
         return f"{self.method} (log-probability per {self.length_normalisation[:-1]})"
 
     @property
-    def positions(self) -> int:
-        """Target positions that a row takes."""
+    def answer_tokens(self) -> int:
+        """Tokens of the longest answer that may be found."""
         if self.method == "greedy":
             return self.max_target_tokens
-        return len(self.labels.ids) * max(map(len, self.labels.ids))
+        return max(map(len, self.labels.ids))
+
+    @property
+    def positions(self) -> int:
+        """Target positions that a row takes."""
+        side_by_side = 1 if self.method == "greedy" else len(self.labels.ids)
+        return side_by_side * self.answer_tokens
 
 
 @dataclass(frozen=True)

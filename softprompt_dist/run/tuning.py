@@ -232,21 +232,23 @@ def assert_only_prompt_trains(run: TuningRun) -> None:
 
 
 def _check_positions(config: TuneConfig, backbone: Backbone, tasks: Sequence[LoadedTask]) -> None:
-    splits = [split for task in tasks for split in task.splits.values()]
-    if not splits:
-        return
-    longest = max(
-        int((split.tokens.input_lengths + split.tokens.target_lengths).max()) for split in splits
-    )
-    needed = config.prompt.prompt_length + longest
     limit = backbone.max_positions
+    longest = max((_longest_row(task) for task in tasks), default=0)
+    needed = config.prompt.prompt_length + longest
     if limit is not None and needed > limit:
         raise DataError(
-            f"prompt.prompt_length {config.prompt.prompt_length} and the longest input with "
-            "its target, "
-            f"{longest} tokens, make {needed} positions, but the backbone has {limit}. Lower "
-            f"backbone.max_input_tokens by {needed - limit} or more, or prompt.prompt_length."
+            f"prompt.prompt_length {config.prompt.prompt_length} and the longest input with its "
+            f"answer, {longest} tokens, make {needed} positions, but the backbone has {limit}. "
+            f"Lower backbone.max_input_tokens by {needed - limit} or more, or prompt.prompt_length."
         )
+
+
+def _longest_row(task: LoadedTask) -> int:
+    """Tokens of the longest input with its target, or with an answer that may be found for it."""
+    splits = task.splits.values()
+    tuned = max(int((s.tokens.input_lengths + s.tokens.target_lengths).max()) for s in splits)
+    answered = max(int(s.tokens.input_lengths.max()) for s in splits) + task.rule.answer_tokens
+    return max(tuned, answered)
 
 
 def _initial_prompt(bench: Bench) -> Tensor:

@@ -116,6 +116,19 @@ def test_more_positions_than_the_backbone_has(
     assert excess == needed - 12
 
 
+def test_answers_that_may_grow_beyond_the_backbones_positions(
+    said: Said, tiny_recipe: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """GPT-like models have a table of positions: an answer that leaves it ends in a traceback."""
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "llama"))
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, "max_position_embeddings": 64}))
+    arguments = ["--set", f"backbone.path={folder}", "--set", "evaluation.method=greedy"]
+    arguments += ["--set", "evaluation.max_target_tokens=60", "--run-dir", tmp_path / "run"]
+    outcome = said(train.main, "--recipe", tiny_recipe, *arguments)
+    assert_message(outcome, "longest input with its answer", "the backbone has 64")
+
+
 def test_resume_where_there_is_nothing(said: Said, tiny_recipe: Path, tmp_path: Path) -> None:
     arguments = ["--recipe", tiny_recipe, "--run-dir", tmp_path, "--resume"]
     assert_message(said(train.main, *arguments), tmp_path / "checkpoints", "--run-dir")

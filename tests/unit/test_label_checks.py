@@ -70,6 +70,13 @@ def test_a_label_that_cannot_be_generated(tokenizer: PreTrainedTokenizerFast) ->
     assert label_set(tokenizer, *labels, method="rank").texts == labels
 
 
+def test_a_label_that_is_longer_than_answers_may_be(tokenizer: PreTrainedTokenizerFast) -> None:
+    longest = len(label_set(tokenizer, "fruit root").ids[0]) - 1  # its end need not be written
+    assert label_set(tokenizer, "fruit root", max_target_tokens=longest).texts == ("fruit root",)
+    with pytest.raises(ConfigError, match=rf"'fruit root' has {longest} tokens"):
+        label_set(tokenizer, "fruit root", max_target_tokens=longest - 1)
+
+
 def test_a_label_that_begins_with_another_needs_an_end(tokenizer: PreTrainedTokenizerFast) -> None:
     labels = "fruit", "root", "fruit root"
     with pytest.raises(ConfigError, match=r"'fruit root' begins with 'fruit'.*append_eos=true"):
