@@ -100,7 +100,7 @@ class VerbParser(argparse.ArgumentParser):
         self.add_argument(
             "--skip-bad-rows",
             action="store_true",
-            help="leave out and count rows that cannot be read, instead of ending with the first",
+            help="go on past rows that cannot be used and count them; do not end with the first",
         )
         self.add_argument(
             "--force",
