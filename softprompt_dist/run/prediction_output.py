@@ -65,8 +65,8 @@ class PredictionOutput:
         """Let go of the file; it is removed if nothing was ever written to it."""
         if self._held is None:
             return
-        if not self.path.stat().st_size and not self._journal.path.exists():
-            self.path.unlink()
+        if not os.fstat(self._held.fileno()).st_size and not self._journal.path.exists():
+            self.path.unlink(missing_ok=True)
         self._held.close()
         self._held = None
 
