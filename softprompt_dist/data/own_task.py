@@ -93,8 +93,10 @@ class OwnTask:
         label = as_text(value)
         if label in self.label_map:
             return [self.label_map[label]]
-        if value is None:
-            raise NoLabelError(_no_label(where, self.label_field, "null"))
+        if not label:
+            raise NoLabelError(
+                _no_label(where, self.label_field, "null" if value is None else "''")
+            )
         raise DataError(
             f"{where} has the {self.label_field} {label!r}, which is not in task.labels: "
             f"{', '.join(self.label_map)}.{nearest(label, self.label_map)} "

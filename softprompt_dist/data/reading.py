@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -59,7 +60,7 @@ class TaskReader(Protocol):
 
 
 def value_of(row: Row, field: str, where: Place) -> object:
-    """A field that must be there and be no list, mapping or bytes.
+    """A field that must be there and be no list, mapping or bytes; NaN is pandas' null.
 
     Raises:
         DataError: it is not.
@@ -68,12 +69,13 @@ def value_of(row: Row, field: str, where: Place) -> object:
         raise DataError(
             f"{where} has no field {field!r}.{nearest(field, row)} Its fields: {', '.join(row)}."
         )
-    if isinstance(row[field], (list, dict, bytes)):
+    value = row[field]
+    if isinstance(value, (list, dict, bytes)):
         raise DataError(
-            f"{where}: field {field!r} is a {type(row[field]).__name__}; templates and labels take "
+            f"{where}: field {field!r} is a {type(value).__name__}; templates and labels take "
             f"text, numbers and true/false. Flatten it first."
         )
-    return row[field]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def as_text(value: object) -> str:

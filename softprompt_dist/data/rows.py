@@ -21,6 +21,9 @@ from softprompt_dist.errors import DataError
 Row = dict[str, Any]
 OpenFile = Callable[[], IO[bytes]]
 
+ROWS_AT_A_TIME = 1000
+"""Rows of a columnar source that are in memory as Python's objects, ten times their size."""
+
 _CSV_FIELD_CHARACTERS = 1 << 30
 _HASHED_BYTES = 1 << 20
 
@@ -227,8 +230,8 @@ def _csv_header(first: tuple[int, list[str] | csv.Error] | None, origin: str) ->
 def _stream_parquet(file: IO[bytes], origin: str) -> Iterator[NumberedRow]:
     from pyarrow import parquet
 
-    rows = (row for batch in parquet.ParquetFile(file).iter_batches() for row in batch.to_pylist())
-    for number, row in enumerate(rows, 1):
+    batches = parquet.ParquetFile(file).iter_batches(batch_size=ROWS_AT_A_TIME)
+    for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
         yield NumberedRow(Place(origin, number), row)
 
 

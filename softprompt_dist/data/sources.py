@@ -11,6 +11,7 @@ from typing import Any
 
 from softprompt_dist.data.catalogue.definition import CatalogueTask
 from softprompt_dist.data.rows import (
+    ROWS_AT_A_TIME,
     NumberedRow,
     Place,
     Row,
@@ -135,6 +136,8 @@ def _open_hub(config: SourceConfig, task: CatalogueTask | None) -> dict[str, Spl
             fingerprint=getattr(found.get(hub_split), "_fingerprint", None),
         )
         for split, hub_split in names.splits.items()
+        # What the recipe names must be there; what only the catalogue knows need not.
+        if hub_split in found or getattr(config, split)
     }
 
 
@@ -183,7 +186,8 @@ def _hub_rows(name: str, split: str, found: Any) -> Iterator[NumberedRow]:
             f"Data set {name} has no split {split!r}.{nearest(split, found)} "
             f"Its splits: {', '.join(found)}."
         )
-    return _numbered(f"{name} {split}", found[split].to_list())
+    tables = found[split].with_format("arrow").iter(batch_size=ROWS_AT_A_TIME)
+    return _numbered(f"{name} {split}", (row for table in tables for row in table.to_pylist()))
 
 
 def _commit(loaded: Any) -> str | None:

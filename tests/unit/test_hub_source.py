@@ -126,6 +126,23 @@ def test_a_hub_split_named_for_one_use_is_not_the_default_of_another(boolq_on_hu
     assert (len(both.train), len(both.validation)) == (40, 5)
 
 
+def test_a_data_set_may_lack_a_split_that_the_catalogue_knows(boolq_on_hub):
+    (boolq_on_hub / "train.jsonl").unlink()
+    config = TaskConfig(catalogue="boolq")
+    assert list(load_task(config, ("validation",), if_there=("train",)).splits) == ["validation"]
+    with pytest.raises(DataError, match=r"task\.source\.train is not given"):
+        load_task(config, ("train",))
+    with pytest.raises(DataError, match="no split 'train'"):
+        load_boolq(("train",), train="train")
+
+
+def test_many_rows_of_the_hub_come_in_order(boolq_on_hub, monkeypatch):
+    monkeypatch.setattr(sources, "ROWS_AT_A_TIME", 7)
+    data = load_boolq(("train", "validation"), validation="validation", test="validation")
+    places = {example.input_text: example.id for example in data.train}
+    assert places == {f"passage: It is. question: train {n}": str(n) for n in range(40)}
+
+
 def test_test_rows_of_the_hub_without_labels_are_refused(boolq_on_hub):
     with pytest.raises(DataError, match="'test' has no labels: none of the 3 rows"):
         load_boolq(("test",), test="test")

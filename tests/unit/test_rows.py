@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from softprompt_dist.data import rows
 from softprompt_dist.data.rows import read_file, stream_rows
 from softprompt_dist.errors import DataError
 
@@ -39,6 +40,20 @@ def test_parquet_has_rows_and_no_lines(tmp_path: Path) -> None:
     assert numbers_and_lines(path) == [(1, None), (2, None), (3, None)]
     assert str(next(stream_rows(path)).where) == "Row 1 of a.parquet"
     assert [row.row for row in stream_rows(path)] == [{"n": 5}, {"n": 6}, {"n": 7}]
+
+
+def test_a_parquet_file_of_many_batches_comes_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    monkeypatch.setattr(rows, "ROWS_AT_A_TIME", 4)
+    parquet.write_table(pa.table({"n": list(range(11))}), tmp_path / "a.parquet", row_group_size=6)
+    found = [
+        (numbered.number, numbered.row["n"]) for numbered in stream_rows(tmp_path / "a.parquet")
+    ]
+    assert found == [(n + 1, n) for n in range(11)]
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ def test_a_missing_field_names_the_valid_ones(tmp_path):
     assert "'class'" in refusal(tmp_path, ROWS, label_field="class")
 
 
-@pytest.mark.parametrize("text", ["", "  \n", None])
+@pytest.mark.parametrize("text", ["", "  \n", None, float("nan")])
 def test_an_empty_text_is_refused_with_its_row(tmp_path, text):
     message = refusal(tmp_path, [*ROWS[:4], {"text": text, "label": 0}])
     assert "Line 5 of rows.jsonl has an empty text" in message
@@ -288,10 +288,12 @@ def test_a_nested_answer_is_refused(tmp_path, label):
 
 
 def test_a_label_that_is_nearly_right_names_the_nearest(tmp_path):
-    rows = [{"text": "a", "label": "positiv"}, {"text": "b", "label": None}]
+    rows = [{"text": "a", "label": label} for label in ("positiv", None, "", float("nan"))]
     message = refusal(tmp_path, rows, labels={"negative": "bad", "positive": "good"})
     assert "'positiv', which is not in task.labels: negative, positive. Did you mean" in message
     assert "Line 2 of rows.jsonl has no label: label is null" in message
+    assert "Line 3 of rows.jsonl has no label: label is ''" in message
+    assert "Line 4 of rows.jsonl has no label: label is null" in message
 
 
 def test_rows_are_named_by_their_field_or_else_by_their_number(tmp_path):
