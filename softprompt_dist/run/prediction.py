@@ -25,7 +25,7 @@ from softprompt_dist.run.evaluation import prompt_for, warn_of_other_family
 from softprompt_dist.run.loaded_task import TextReader, check_method
 from softprompt_dist.run.prediction_desk import PredictionDesk, PredictionRequest
 from softprompt_dist.run.prediction_rows import Encode
-from softprompt_dist.run.scoring import AnswerRule, LabelSet
+from softprompt_dist.run.scoring import AnswerRule
 from softprompt_dist.run.tuning import build_bench
 
 DEFAULT_TARGET_TOKENS = 64
@@ -95,7 +95,7 @@ def _rule(texts: TextReader, labels: Sequence[str]) -> AnswerRule:
     config = texts.config
     if config.task.append_eos:
         end_of_sequence(texts.tokenizer)
-    known = texts.label_set(config.task, labels) if labels else LabelSet((), ())
+    known = texts.label_set(config.task, labels)
     longest = max(map(len, known.ids), default=DEFAULT_TARGET_TOKENS)
     return AnswerRule(
         config.evaluation.method,
