@@ -25,9 +25,11 @@ _LABELS = LabelSet(
 class Stage:
     """All of them for one folder, whose weights are large enough for rows to differ in answers."""
 
-    def __init__(self, folder: str | Path, *, num_rows: int = 23, sharded: bool = False) -> None:
-        sharding = "zero3" if sharded else "replicated"
-        config = BackboneConfig(path=str(folder), sharding=sharding)
+    def __init__(
+        self, folder: str | Path, *, num_rows: int = 23, sharded: bool = False, **settings: Any
+    ) -> None:
+        sharding: Any = "zero3" if sharded else "replicated"
+        config = BackboneConfig(path=str(folder), **{"sharding": sharding, **settings})
         self.backbone = load_backbone(config, runs.PARTITION_EVERYTHING if sharded else None)
         self.tokenizer = load_tokenizer(Path(folder))
         texts = [row["text"] for row in runs.make_rows(num_rows, seed=11)]

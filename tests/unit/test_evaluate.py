@@ -74,7 +74,7 @@ def test_rows_of_a_file_are_answered_as_the_task_says(
     assert {row["correct"] for row in found.values()} == {True, False}
     for row in rows:
         answered = found[str(row["idx"])]
-        assert answered["input"] == f"question: {row['question']} passage: {row['passage']}"
+        assert answered["input"] == f"passage: {row['passage']} question: {row['question']}"
         assert answered["target"] == str(row["label"])
         assert answered["correct"] == (answered["prediction"] == answered["target"])
         scores = answered["label_scores"]
