@@ -21,8 +21,6 @@ def detokenise(rows: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase
     """
     if not rows:
         return []  # transformers makes one text of no rows
-    if not rows:  # which transformers decodes as one empty text
-        return []
     texts = tokenizer.batch_decode(
         [_cleaned(row, tokenizer) for row in rows],
         skip_special_tokens=False,
