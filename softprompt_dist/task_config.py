@@ -35,6 +35,16 @@ class SourceConfig(Section):
     sha256: dict[Literal["train", "validation", "test"], Sha256] = {}
     """files: hex digest that a split's file must have. What files had is recorded in the run."""
 
+    @model_validator(mode="after")
+    def _check_pinned(self) -> SourceConfig:
+        for key in ("subset", "revision"):
+            if getattr(self, key) is not None and self.kind != "hub":
+                raise ValueError(
+                    f"{key} is {getattr(self, key)!r}, but kind is {self.kind!r}, which has none. "
+                    f"Remove it, or set kind: hub."
+                )
+        return self
+
 
 class TaskConfig(Section):
     """Text in, text out: a task of the catalogue, or one's own by a template."""
@@ -61,7 +71,7 @@ class TaskConfig(Section):
     append_eos: bool = True
     """Whether the end-of-sequence piece belongs to the target (T5: yes)."""
     max_examples: Positive | None = None
-    """Use only n training rows (after the split), a fair sample that is always the same."""
+    """Use only n training examples (after the split), a fair sample that is always the same."""
     skip_bad_rows: bool = False
     """Leave out and count rows that cannot be read, instead of ending with the first one."""
 
@@ -112,6 +122,21 @@ class MixtureConfig(Section):
     """proportional: no task counts as having more examples than this (T5: 2 ** 19 or so)."""
     temperature: Annotated[float, Field(ge=1.0)] = 1.0
     """proportional: 1 keeps the proportions, greater evens them out."""
+
+    @model_validator(mode="after")
+    def _check_keys_matter(self) -> MixtureConfig:
+        shaped = self.maximum is not None or self.temperature != 1.0
+        if shaped and self.rates == "equal":
+            raise ValueError(
+                "rates is 'equal', with which maximum and temperature do nothing. Remove them, or "
+                "set rates: proportional."
+            )
+        if not self.tasks and (shaped or self.rates == "equal"):
+            raise ValueError(
+                "tasks is empty, so that there is nothing to mix. Name tasks besides `task`, or "
+                "leave mixture out."
+            )
+        return self
 
 
 class TransferConfig(Section):

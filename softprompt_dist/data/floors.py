@@ -11,6 +11,15 @@ if TYPE_CHECKING:
     from softprompt_dist.data.tasks import TaskData
 
 
+def has_floors(labels: Sequence[str], metrics: Sequence[str]) -> bool:
+    """Whether answers that nobody thought about can score.
+
+    Besides labels: WSC asks for referents, and whoever always names the same one is right in all
+    rows (some 63 %) that ask about a wrong one.
+    """
+    return bool(labels) or "wsc" in metrics
+
+
 def majority_class(task: TaskData, split_examples: Sequence[Example]) -> list[str]:
     """The most frequent target of `task.train` for every example; ties go to the earlier label.
 

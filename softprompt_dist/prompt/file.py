@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ TENSOR_KEY = "prompt"
 METADATA_KEY = "softprompt"
 MAX_HEADER_BYTES = 1 << 20
 _LENGTH_BYTES = 8
+_BETWEEN_FAMILIES = " + "
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +52,17 @@ class PromptMetadata:
     version: str
     """Of this package."""
     task_family: str = ""
-    """What kind of answers it gives; tasks of one family share it."""
+    """What kind of answers it gives; tasks of one family share it. Several: see `families`."""
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """Each of `task_family`, which `joined_families` made."""
+        return tuple(self.task_family.split(_BETWEEN_FAMILIES))
+
+
+def joined_families(families: Iterable[str]) -> str:
+    """The families of a mixture's tasks as one text, each once."""
+    return _BETWEEN_FAMILIES.join(dict.fromkeys(families))
 
 
 def save_prompt(path: str | Path, prompt_PD: Tensor, metadata: PromptMetadata) -> None:

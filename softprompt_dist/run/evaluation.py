@@ -147,7 +147,7 @@ def prompt_for(backbone: Backbone, prompt_file: Path, *, force: bool) -> Tensor:
 
 def warn_of_other_family(metadata: PromptMetadata, task: str, family: str) -> None:
     """Say so where a prompt was tuned for other kinds of answers than those of `task`."""
-    if metadata.task_family and metadata.task_family != family:
+    if metadata.task_family and family not in metadata.families:
         log.warning(
             "The prompt was tuned for %s (%s); answers of %s are of another kind (%s), so "
             "they say little.",

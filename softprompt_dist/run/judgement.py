@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from softprompt_dist.data.examples import Example
-from softprompt_dist.data.floors import majority_class, naive_bayes
+from softprompt_dist.data.floors import has_floors, majority_class, naive_bayes
 from softprompt_dist.data.tasks import TaskData
 from softprompt_dist.metrics.answer import Answer
 from softprompt_dist.metrics.results import PromptSource
@@ -55,13 +55,13 @@ class Judgement:
 
 
 def floor_predictions(task: TaskData, examples: Sequence[Example]) -> dict[str, list[str]]:
-    """Answers that need no model, by name; none without labels or a train split."""
-    if not task.labels or "train" not in task.splits:
+    """Answers that need no model, by name; none where none can score, or without a train split."""
+    if "train" not in task.splits or not has_floors(task.labels, task.metrics):
         return {}
-    return {
-        FLOORS[0]: majority_class(task, examples),
-        FLOORS[1]: naive_bayes(task, examples),
-    }
+    floors = {FLOORS[0]: majority_class(task, examples)}
+    if task.labels:
+        floors[FLOORS[1]] = naive_bayes(task, examples)
+    return floors
 
 
 def answers_to(examples: Sequence[Example], predictions: Sequence[str]) -> list[Answer]:

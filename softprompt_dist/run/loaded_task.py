@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from softprompt_dist.config import EvaluationConfig, TuneConfig
 from softprompt_dist.data.batching import Family, tokenise
 from softprompt_dist.data.examples import Example
+from softprompt_dist.data.floors import has_floors
 from softprompt_dist.data.order import ExampleOrder
 from softprompt_dist.data.tasks import TaskData, load_task, task_reader
 from softprompt_dist.data.token_cache import tokens_of
@@ -114,7 +115,9 @@ def read_task(config: TaskConfig, splits: Sequence[str]) -> TaskData:
     """
 
     def load() -> TaskData:
-        return load_task(config, splits, if_there=["train"] if task_reader(config).labels else [])
+        reader = task_reader(config)
+        floors = ["train"] if has_floors(reader.labels, reader.metrics) else []
+        return load_task(config, splits, if_there=floors)
 
     found: list[TaskData] = []
     # Rank 0 fetches what the source needs once; the others find it in the cache.

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from softprompt_dist.data.tasks import TaskData
 from softprompt_dist.durable import replace_file
+from softprompt_dist.errors import ConfigError
 from softprompt_dist.metrics.table import markdown_table
+from softprompt_dist.parallel import ranks
 from softprompt_dist.run.evaluation_report import evaluation_result
 from softprompt_dist.run.judgement import FLOORS, Evaluation, Judgement
 from softprompt_dist.run.loaded_task import LoadedTask, TextReader
@@ -24,14 +26,24 @@ def transfer_target(
     """All ranks: another task's split, answered in the words of the task `tuned` where they differ.
 
     Raises:
-        SoftpromptError: see `TextReader.load`.
+        SoftpromptError: see `TextReader.load`; or what the prompt answers is no label there.
     """
     target = reader.load(transfer.task, data, [transfer.split], transfer.translate)
+    ranks.together(lambda: _check_translation(tuned, target))
     splits = {name: split.sample(transfer.max_examples) for name, split in target.splits.items()}
     # A prompt answers with the labels that it was tuned on; what they mean here is said by
     # `translate`. Without that, both tasks have the same words.
     rule = tuned.rule if transfer.translate else target.rule
     return dataclasses.replace(target, splits=splits, rule=rule)
+
+
+def _check_translation(tuned: LoadedTask, target: LoadedTask) -> None:
+    for label, meaning in zip(tuned.labels, target.spoken(tuned.labels), strict=True):
+        if target.labels and meaning not in (label, *target.labels):
+            raise ConfigError(
+                f"transfer: translate makes {meaning!r} of {tuned.name}'s label {label!r}, which "
+                f"is no label of {target.name}: {', '.join(target.labels)}. Correct translate."
+            )
 
 
 @dataclass(frozen=True)

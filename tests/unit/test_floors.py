@@ -1,6 +1,7 @@
 from softprompt_dist.data.examples import Example
 from softprompt_dist.data.floors import majority_class, naive_bayes
 from softprompt_dist.data.tasks import TaskData
+from softprompt_dist.run.judgement import FLOORS, floor_predictions
 
 
 def task_of(*pairs):
@@ -36,3 +37,20 @@ def test_naive_bayes_without_any_word_is_the_majority_class():
 
 def test_no_examples_no_predictions():
     assert naive_bayes(task_of(*TRAIN), []) == []
+
+
+def test_always_naming_one_referent_is_the_floor_of_wsc():
+    train = tuple(Example("q", name, facts={"label": 1}) for name in ("Ann", "the dog", "Ann"))
+    task = TaskData("t", {"train": train}, (), ("wsc",), "coreference", {})
+    assert floor_predictions(task, ASKED[:2]) == {"majority class": ["Ann", "Ann"]}
+
+
+def test_free_text_without_a_rule_has_no_floor():
+    task = TaskData("t", {"train": TRAIN}, (), ("squad",), "span", {})
+    assert floor_predictions(task, ASKED) == {}
+
+
+def test_labels_have_both_floors_where_there_is_train():
+    assert list(floor_predictions(task_of(*TRAIN), ASKED)) == list(FLOORS)
+    without = TaskData("t", {}, ("bad", "good"), ("accuracy",), "own: bad, good", {})
+    assert floor_predictions(without, ASKED) == {}

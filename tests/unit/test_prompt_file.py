@@ -10,7 +10,12 @@ import torch
 from safetensors.torch import save_file
 
 from softprompt_dist.errors import PromptFileError
-from softprompt_dist.prompt.file import PromptMetadata, load_prompt, save_prompt
+from softprompt_dist.prompt.file import (
+    PromptMetadata,
+    joined_families,
+    load_prompt,
+    save_prompt,
+)
 
 METADATA = PromptMetadata(
     backbone_fingerprint="f" * 32,
@@ -182,3 +187,8 @@ def test_failed_write_keeps_the_old_file_and_leaves_nothing_else(path, monkeypat
 
     assert torch.equal(load_prompt(path)[0], PROMPT)
     assert os.listdir(path.parent) == [path.name]
+
+
+def test_a_prompt_of_several_tasks_knows_their_families():
+    joined = joined_families(["span", "own: a, b", "span"])
+    assert dataclasses.replace(METADATA, task_family=joined).families == ("span", "own: a, b")

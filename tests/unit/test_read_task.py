@@ -57,6 +57,14 @@ def test_free_text_has_no_floors_and_so_reads_no_train(tmp_path: Path) -> None:
     assert splits_of(["validation"], catalogue="squad", source=source) == ["validation"]
 
 
+def test_referents_have_a_floor(tmp_path: Path) -> None:
+    spans = {"span1_text": "Ann", "span1_index": 0, "span2_text": "she", "span2_index": 3}
+    row = {"text": "Ann says that she knows", "target": spans, "label": True}
+    write_folder(tmp_path, train=[row], validation=[row])
+    source = files(tmp_path, "train", "validation")
+    assert splits_of(["validation"], catalogue="wsc", source=source) == ["train", "validation"]
+
+
 def test_a_split_taken_from_train_needs_it(tmp_path: Path) -> None:
     source = files(write_folder(tmp_path, validation=LABELLED), "validation")
     with pytest.raises(DataError, match=r"train is not given.* test is taken from it"):

@@ -120,6 +120,28 @@ def test_max_examples_limits_training_rows_only_and_digests_follow_the_content(t
     assert limited.digests["test"] == whole.digests["test"]
 
 
+def test_max_examples_of_passages_are_not_all_of_a_few(tmp_path):
+    rows = [
+        {
+            "paragraph": f"Passage {p}.",
+            "question": "Is it?",
+            "answer": f"answer {a}",
+            "label": a % 2,
+            "idx": {"paragraph": p, "question": 0, "answer": a},
+        }
+        for p in range(20)
+        for a in range(20)
+    ]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    source = SourceConfig(train=path, validation=path, test=path)
+    config = TaskConfig(catalogue="multirc", source=source, max_examples=40)
+    limited = load_task(config, ("train",)).train
+    assert len(limited) == 40
+    assert len({example.facts["group"] for example in limited}) > 10
+    write_jsonl(tmp_path / "rows.jsonl", rows[::-1])
+    assert load_task(config, ("train",)).train == limited
+
+
 def test_a_missing_file_names_the_nearest(tmp_path):
     write_jsonl(tmp_path / "reviews.jsonl", ROWS)
     with pytest.raises(

@@ -183,6 +183,15 @@ def test_free_text_is_no_target_of_a_choice_among_labels(
         tune(tmp_path, recipe, [{"task": runs.task("words", tiny_data, {})}])
 
 
+def test_a_translation_to_no_label_is_refused_before_tuning(
+    recipe: Recipe, tiny_data: Path, tmp_path: Path
+) -> None:
+    growth = runs.task("growth", tiny_data, GROWTH, ["test"])
+    said = r"makes 'lefd' of foods's label 'fruit', which is no label of growth: left, right, river"
+    with pytest.raises(ConfigError, match=said):
+        tune(tmp_path, recipe, [{"task": growth, "translate": {**TRANSLATION, "fruit": "lefd"}}])
+
+
 def named(name: str, **more: Any) -> Recipe:
     return {"name": name, "source": {"kind": "vader", "name": "movies"}, **more}
 

@@ -199,9 +199,14 @@ def test_a_config_is_frozen() -> None:
         (["prompt.initialisation=file"], "prompt.file must be given"),
         (["prompt.text=hello"], "Set prompt.initialisation=text"),
         (["prompt.file=p.safetensors"], "Set prompt.initialisation=file"),
+        (["mixture.rates=equal"], "there is nothing to mix"),
+        (["mixture.maximum=9"], "there is nothing to mix"),
+        (["mixture={rates: equal, temperature: 2, tasks: [{name: b}]}"], "temperature do nothing"),
+        (["task.source.revision=v1"], "revision is 'v1', but kind is 'files'"),
+        (["task.source={kind: files, subset: a}"], "subset is 'a', but kind is 'files'"),
     ],
 )
-def test_initialisation_and_its_source_belong_together(overrides: list[str], message: str) -> None:
+def test_keys_that_belong_together(overrides: list[str], message: str) -> None:
     assert message in refusal(*overrides)
 
 
