@@ -82,10 +82,6 @@ def _in_folder(folder: Path) -> dict[str, OpenFile]:
     return {file.name: opener(file) for file in files}
 
 
-def _opener_of(file: Path) -> OpenFile:
-    return lambda: file.open("rb")
-
-
 def _in_zip(zip_file: Path | bytes, folder: str) -> dict[str, OpenFile]:
     """Files of the task's folder; else of its zip inside this one; else those in no folder."""
     with _archive(zip_file) as archive:

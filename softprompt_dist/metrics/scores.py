@@ -48,12 +48,6 @@ class Difference:
     interval: Interval
     """95 % interval of a paired bootstrap."""
 
-    @property
-    def may_be_chance(self) -> bool:
-        """Whether the interval holds 0."""
-        low, high = self.interval
-        return low <= 0.0 <= high
-
 
 def measure(
     names: Sequence[str],
