@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -99,7 +100,10 @@ def validate(run: TuningRun, state: TuningState, directory: RunDirectory, journa
     found: list[Scores] = []
     for task in run.tasks:
         split = task.splits["validation"].sample(run.config.evaluation.max_validation_examples)
-        found.append(task.judge(run.predict(run.prompt, task, split), split.texts))
+        predictions = run.predict(run.prompt, task, split)
+        # One rank's sums: on another kind of processor they may differ in the last bit, and all
+        # must agree on what is best.
+        found.append(ranks.on_main(partial(task.judge, predictions, split.texts)))
     values = score_values(run.tasks, found)
     score = values[score_name(run.tasks)]
     journal.log(state.step, values, "validation")

@@ -16,6 +16,7 @@ from softprompt_dist.backbone.layers import FrozenRMSNorm
 from softprompt_dist.backbone.load import inventory_of, load_backbone
 from softprompt_dist.backbone.replacements import replace_norms
 from softprompt_dist.config import BackboneConfig
+from softprompt_dist.data.batching import TokenExample, collate
 from softprompt_dist.errors import BackboneError
 from tests import reference
 
@@ -182,3 +183,38 @@ def test_only_a_plain_norm_is_replaced_whatever_its_weights(
     replace_norms(model)
     assert [type(child) for child in model] == [OnePlusRMSNorm, OtherEpsilonRMSNorm, FrozenRMSNorm]
     assert all(child.weight is weight_D for child in model)
+
+
+CACHED = ("Mistral", "GPTNeoX", "Gemma2", "Gemma3Text")
+ANSWERS_AT = torch.tensor([[20, 21, 22, 23, 24, 25, 26, 1], [30, 31, 1, 0, 0, 0, 0, 0]])
+LENGTHS = (8, 3)
+LONG = (
+    TokenExample((5, 6, 7, 8, 1, 9, 10, 11, 12, 13, 14, 15, 16), (20, 1)),
+    TokenExample((9, 10, 1), (20, 1)),
+)
+"""Longer than the sliding windows of `KNOWN`, and padded where they are shorter."""
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CACHED)
+def test_kept_keys_and_values_answer_as_the_whole_row_does(name: str, tmp_path: Path) -> None:
+    model = save(tmp_path, name, **KNOWN[name])
+    backbone = load(tmp_path).eval()
+    prompt_PD = reference.make_prompt(backbone.d_model)
+    prompt_BPD = prompt_PD.expand(len(LONG), -1, -1)
+    batch = collate(LONG, pad_id=0, family="causal")
+    at_once = backbone.answer_logits(prompt_BPD, batch, ANSWERS_AT)
+    for answer, length in enumerate(LENGTHS):
+        ids = ANSWERS_AT[answer, :length]
+        reading = backbone.read(prompt_BPD, batch)
+        steps = [reading.logits_BV]
+        for piece in ids[:-1]:
+            reading = backbone.extend(reading, piece.expand(len(LONG)))
+            steps.append(reading.logits_BV)
+        for row, example in enumerate(LONG):
+            whole = [TokenExample(example.input_ids, tuple(ids.tolist()))]
+            (expected,) = reference.plain_logits(model, whole)
+            found = torch.stack(steps, dim=1)[row]
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+            found = at_once[row, answer, :length]
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
