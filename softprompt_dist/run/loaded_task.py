@@ -19,7 +19,7 @@ from softprompt_dist.data.order import ExampleOrder
 from softprompt_dist.data.tasks import TaskData, load_task, task_reader
 from softprompt_dist.data.token_cache import tokens_of
 from softprompt_dist.data.token_table import TokenTable
-from softprompt_dist.errors import ConfigError
+from softprompt_dist.errors import ConfigError, DataError
 from softprompt_dist.metrics.answer import Answer
 from softprompt_dist.metrics.answer_text import translate
 from softprompt_dist.metrics.registry import find_metrics
@@ -104,11 +104,16 @@ class LoadedTask:
         return tuple(label.strip() for label in self.data.labels)
 
 
-def read_task(config: TaskConfig, splits: Sequence[str]) -> TaskData:
+def read_task(config: TaskConfig, splits: Sequence[str], *, of_several: bool = False) -> TaskData:
     """All ranks: a task's rows as text, the same on every rank.
 
     Train is among them for the floors, if the task has any and the source has it: a floor fitted on
     the rows that it is asked about would be none.
+
+    Args:
+        config: the task.
+        splits: those that are scored or tuned on.
+        of_several: whether a message must say which task it is about.
 
     Raises:
         SoftpromptError: see `load_task`; or the ranks have read different rows.
@@ -117,7 +122,12 @@ def read_task(config: TaskConfig, splits: Sequence[str]) -> TaskData:
     def load() -> TaskData:
         reader = task_reader(config)
         floors = ["train"] if has_floors(reader.labels, reader.metrics) else []
-        return load_task(config, splits, if_there=floors)
+        try:
+            return load_task(config, splits, if_there=floors)
+        except DataError as error:
+            if not of_several:
+                raise
+            raise DataError(f"Task {config.name!r}: {error}") from error
 
     found: list[TaskData] = []
     # Rank 0 fetches what the source needs once; the others find it in the cache.

@@ -178,8 +178,9 @@ def _read_texts(config: TuneConfig, splits: Sequence[str] | None, *, for_tuning:
     transfers = config.transfer if for_tuning else []
     scored = list(splits or SPLITS)
     # Rows before the backbone, which may take long to fetch: what is wrong with them is said first.
-    data = [read_task(task, scored) for task in configs]
-    elsewhere = [read_task(each.task, [each.split]) for each in transfers]
+    several = len(configs) + len(transfers) > 1
+    data = [read_task(task, scored, of_several=several) for task in configs]
+    elsewhere = [read_task(t.task, [t.split], of_several=several) for t in transfers]
     folder = locate_backbone(config.backbone)
     tokenizer = ranks.together(lambda: load_tokenizer(folder))
     reader = TextReader(config, tokenizer, ranks.together(lambda: family_of(folder)))

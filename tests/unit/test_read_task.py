@@ -65,6 +65,15 @@ def test_referents_have_a_floor(tmp_path: Path) -> None:
     assert splits_of(["validation"], catalogue="wsc", source=source) == ["train", "validation"]
 
 
+def test_a_message_names_its_task_where_there_are_several(tmp_path: Path) -> None:
+    source = files(write_folder(tmp_path, validation=[{"text": "a"}]), "validation")
+    config = TaskConfig.model_validate({"catalogue": "sst2", "source": source})
+    with pytest.raises(DataError, match=r"^Split 'validation' has no labels"):
+        read_task(config, ["validation"])
+    with pytest.raises(DataError, match=r"^Task 'sst2': Split 'validation' has no labels"):
+        read_task(config, ["validation"], of_several=True)
+
+
 def test_a_split_taken_from_train_needs_it(tmp_path: Path) -> None:
     source = files(write_folder(tmp_path, validation=LABELLED), "validation")
     with pytest.raises(DataError, match=r"train is not given.* test is taken from it"):

@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -16,7 +17,7 @@ from softprompt_dist.backbone.load import load_tokenizer
 from softprompt_dist.data.batching import TokenExample
 from softprompt_dist.data.detokenise import detokenise
 from softprompt_dist.prompt.module import SoftPrompt
-from softprompt_dist.run.scoring import AnswerRule, LabelSet, Scorer
+from softprompt_dist.run.scoring import AnswerRule, LabelSet, Scorer, pad_id_of
 from tests.models import plain_model
 from tests.stage import Stage
 
@@ -210,3 +211,11 @@ def test_a_causal_model_answers_free_text(stages: dict[str, Stage]) -> None:
     stage = stages["causal"]
     expected = stage.predict(stage.rule("greedy"))
     assert stage.predict(AnswerRule("greedy", LabelSet((), ()), 4)) == expected
+
+
+@pytest.mark.parametrize(("pad", "end", "expected"), [(0, 1, 0), (None, 1, 1), (None, None, 0)])
+def test_any_piece_pads_where_a_tokenizer_has_none_for_it(
+    pad: int | None, end: int | None, expected: int
+) -> None:
+    tokenizer: Any = SimpleNamespace(pad_token_id=pad, eos_token_id=end)
+    assert pad_id_of(tokenizer) == expected
