@@ -175,9 +175,10 @@ def test_a_finished_run_reports_again_without_training(continued, whole_run):
     for name in ("results.json", "report.md"):
         again = finished / name
         # Both name the prompt's file.
-        assert again.read_text().replace(str(finished), str(whole_run)) == (
-            whole_run / name
-        ).read_text()
+        assert (
+            again.read_text().replace(str(finished), str(whole_run))
+            == (whole_run / name).read_text()
+        )
         assert again.stat().st_mtime_ns > (whole_run / name).stat().st_mtime_ns
 
 

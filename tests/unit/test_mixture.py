@@ -8,12 +8,14 @@ import pytest
 from softprompt_dist.data import mixture
 from softprompt_dist.data.mixture import MixtureOrder, mixing_rates
 from softprompt_dist.data.order import ExampleOrder
-from softprompt_dist.task_config import MixtureConfig
+from softprompt_dist.task_config import MixtureConfig, TaskConfig
 
 # BoolQ, CB, COPA, MultiRC, ReCoRD, RTE, WiC, WSC: the weights of the paper's SuperGLUE mixture.
 SUPERGLUE = [9427, 250, 400, 27243, 138854, 2490, 5428, 259]
 RATES = [0.5, 0.3, 0.2]
 SIZES = [50, 7, 20]
+OTHERS = [TaskConfig(name="another")]
+"""Rates are refused where nothing is mixed; the sizes come from elsewhere."""
 
 
 def test_superglue_is_mixed_by_its_sizes():
@@ -23,18 +25,20 @@ def test_superglue_is_mixed_by_its_sizes():
 
 
 def test_no_task_counts_more_than_the_maximum():
-    rates = mixing_rates(SUPERGLUE, MixtureConfig(maximum=10000))
+    rates = mixing_rates(SUPERGLUE, MixtureConfig(tasks=OTHERS, maximum=10000))
     total = 9427 + 250 + 400 + 10000 + 10000 + 2490 + 5428 + 259
     assert rates == [min(size, 10000) / total for size in SUPERGLUE]
 
 
 def test_temperature_evens_out_after_the_maximum():
-    rates = mixing_rates([100, 400, 90000], MixtureConfig(maximum=900, temperature=2.0))
+    rates = mixing_rates(
+        [100, 400, 90000], MixtureConfig(tasks=OTHERS, maximum=900, temperature=2.0)
+    )
     assert rates == pytest.approx([10 / 60, 20 / 60, 30 / 60], rel=1e-12)
 
 
 def test_equal_rates_ignore_sizes():
-    assert mixing_rates([1, 10, 100, 5], MixtureConfig(rates="equal")) == [0.25] * 4
+    assert mixing_rates([1, 10, 100, 5], MixtureConfig(tasks=OTHERS, rates="equal")) == [0.25] * 4
 
 
 @pytest.mark.parametrize("seed", [0, 7, 2**64 - 1])

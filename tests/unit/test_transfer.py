@@ -57,7 +57,7 @@ def recipe(lively_t5: Path, tiny_data: Path) -> Recipe:
 def ranked(recipe: Recipe, tiny_data: Path, sides: Path, folder: Path) -> Path:
     """Directory of a run that chooses among labels."""
     growth = runs.task("growth", tiny_data, GROWTH, ["test"])
-    transfer = [
+    transfer: list[Recipe] = [
         {"task": growth, "translate": TRANSLATION},
         {"task": runs.task("sides", sides, runs.SIDES), "split": "validation"},
         {"task": runs.task("a/b foods", tiny_data, runs.ANSWERS), "max_examples": 8},
@@ -145,7 +145,7 @@ def generated(recipe: Recipe, tiny_data: Path, sides: Path, folder: Path) -> tup
     ((common, count),) = texts.most_common(1)
     assert 0 < count < 21
     growth = runs.task("growth", tiny_data, GROWTH, ["test"])
-    transfer = [
+    transfer: list[Recipe] = [
         {"task": growth, "translate": {common: "left"}},
         {"task": runs.task("sides", sides, runs.SIDES)},
     ]
