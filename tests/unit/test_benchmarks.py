@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, T5ForConditionalGeneration
 
-from benchmarks import gpu_xxl, rows
+from benchmarks import gpu_xxl, portability, rows
 from benchmarks import saved_activations as saved
 from benchmarks.clock import StepClock
 from benchmarks.flops import frozen_step_flops
@@ -25,6 +25,8 @@ from benchmarks.models import (
     t5_config,
 )
 from benchmarks.report import Aim
+from tests import runs
+from tests.prompts import save_untuned
 
 # As at [8, 356] of width 1024, an attention mask is 5.5 times a [B, S, d_model] tensor.
 BATCH = saved.make_batch(4, 64)
@@ -146,3 +148,18 @@ def test_time_belongs_to_the_innermost_phase(monkeypatch: pytest.MonkeyPatch) ->
 def test_xxl_is_skipped_in_words_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     gpu_xxl.main([])
     assert "needs a CUDA device" in capsys.readouterr().out
+
+
+def test_a_prompt_is_scored_in_every_cell_asked_for(
+    lively_t5: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    prompt = save_untuned(tmp_path, runs.tiny_recipe(lively_t5, tiny_data))
+    small = ["--recipe", str(tmp_path / "config.yaml"), "--rows", "9", "--cells", "fp32", "int8"]
+    portability.main([*small, "--prompt", f"mine={prompt}", "--out", str(tmp_path)])
+    report = json.loads((tmp_path / "portability.json").read_text())
+    fp32, int8 = (report["measured"][name] for name in ("fp32", "int8"))
+    assert int8["bytes"] < fp32["bytes"]
+    assert 0 < abs(int8["mine"]["loss"] / fp32["mine"]["loss"] - 1) < 0.1
+    for cell in (fp32, int8):
+        right = cell["mine"]["score"] * 9 / 100
+        assert right == pytest.approx(round(right))
