@@ -136,7 +136,7 @@ class EvaluationConfig(Section):
     length_normalisation: Literal["none", "tokens", "characters"] = "none"
     """rank: a label's log-probability as it is, or divided by the label's tokens or characters."""
     max_target_tokens: Positive | None = None
-    """greedy: answers end here. Default: the longest target of the task (T5X)."""
+    """greedy: answers end here. Default: the longest target of the split that is scored (T5X)."""
     max_validation_examples: Positive | None = None
     max_test_examples: Positive | None = None
     batch_tokens: Positive = 4096

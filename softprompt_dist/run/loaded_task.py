@@ -39,6 +39,8 @@ class Split:
 
     texts: Sequence[Example]
     tokens: TokenTable
+    max_target_tokens: int
+    """Generated answers to it end here, whichever other splits were read."""
 
     def sample(self, count: int | None) -> Split:
         """About `count` examples, or all: the same in every run, wherever they are in the source.
@@ -60,6 +62,7 @@ class Split:
         return Split(
             [self.texts[index] for index in chosen],
             TokenTable.of([self.tokens[index] for index in chosen]),
+            self.max_target_tokens,
         )
 
 
@@ -161,16 +164,23 @@ class TextReader:
         tokens = {name: self._tokens(config, name, data.splits[name]) for name in splits}
 
         def judged_once() -> LoadedTask:
-            rule = self._rule(config, data, tokens)
-            task = LoadedTask(config, data, tokens, rule, translation or {})
+            labels = self._labels(config, data)
+            read = {
+                name: Split(data.splits[name], table, self._max_target_tokens(labels, table))
+                for name, table in tokens.items()
+            }
+            longest = max(split.max_target_tokens for split in read.values())
+            evaluation = self.config.evaluation
+            rule = AnswerRule(evaluation.method, labels, longest, evaluation.length_normalisation)
+            task = LoadedTask(config, data, read, rule, translation or {})
             # A metric that lacks something says so now, not at the first validation.
-            for split in tokens.values():
+            for split in read.values():
                 task.judge([Prediction("")], split.texts[:1])
             return task
 
         return ranks.together(judged_once)
 
-    def _tokens(self, task: TaskConfig, split: str, examples: Sequence[Example]) -> Split:
+    def _tokens(self, task: TaskConfig, split: str, examples: Sequence[Example]) -> TokenTable:
         table = tokens_of(
             examples,
             self.tokenizer,
@@ -188,23 +198,17 @@ class TextReader:
                 task.name,
                 self.config.backbone.max_input_tokens,
             )
-        return Split(examples, table)
+        return table
 
-    def _rule(self, task: TaskConfig, data: TaskData, splits: Mapping[str, Split]) -> AnswerRule:
+    def _labels(self, task: TaskConfig, data: TaskData) -> LabelSet:
         find_metrics(data.metrics, data.labels)
-        evaluation = self.config.evaluation
         labels = self.label_set(task, data.labels)
-        check_method(evaluation, task, data.labels)
-        longest = max(
-            [len(ids) for ids in labels.ids]
-            + [int(split.tokens.target_lengths.max()) for split in splits.values()]
-        )
-        return AnswerRule(
-            evaluation.method,
-            labels,
-            evaluation.max_target_tokens or longest,
-            evaluation.length_normalisation,
-        )
+        check_method(self.config.evaluation, task, data.labels)
+        return labels
+
+    def _max_target_tokens(self, labels: LabelSet, split: TokenTable) -> int:
+        longest = max([int(split.target_lengths.max()), *map(len, labels.ids)])
+        return self.config.evaluation.max_target_tokens or longest
 
     def label_set(self, task: TaskConfig, labels: Sequence[str]) -> LabelSet:
         """The label strings as answers spell them, with the ids of the target texts.

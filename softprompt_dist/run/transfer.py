@@ -31,9 +31,14 @@ def transfer_target(
     target = reader.load(transfer.task, data, [transfer.split], transfer.translate)
     ranks.together(lambda: _check_translation(tuned, target))
     splits = {name: split.sample(transfer.max_examples) for name, split in target.splits.items()}
-    # A prompt answers with the labels that it was tuned on; what they mean here is said by
-    # `translate`. Without that, both tasks have the same words.
-    rule = tuned.rule if transfer.translate else target.rule
+    if not transfer.translate:  # both tasks have the same words
+        return dataclasses.replace(target, splits=splits)
+    # A prompt answers with the labels that it was tuned on; `translate` says what they mean here.
+    rule = tuned.rule
+    splits = {
+        name: dataclasses.replace(split, max_target_tokens=rule.max_target_tokens)
+        for name, split in splits.items()
+    }
     return dataclasses.replace(target, splits=splits, rule=rule)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,7 +63,8 @@ class Bench:
 
     def predict(self, prompt: SoftPrompt, task: LoadedTask, split: Split) -> list[Prediction]:
         """All ranks: what the prompt answers to a split of the task."""
-        return self.scorer.predict(prompt, split.tokens, task.rule)
+        rule = dataclasses.replace(task.rule, max_target_tokens=split.max_target_tokens)
+        return self.scorer.predict(prompt, split.tokens, rule)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 
+from softprompt_dist.config import TuneConfig
+from softprompt_dist.data.examples import Example
+from softprompt_dist.data.tasks import TaskData
 from softprompt_dist.errors import DataError
-from softprompt_dist.run.loaded_task import read_task
+from softprompt_dist.run.loaded_task import TextReader, read_task
 from softprompt_dist.task_config import TaskConfig
 from tests import runs
 
@@ -78,3 +81,22 @@ def test_a_split_taken_from_train_needs_it(tmp_path: Path) -> None:
     source = files(write_folder(tmp_path, validation=LABELLED), "validation")
     with pytest.raises(DataError, match=r"train is not given.* test is taken from it"):
         splits_of(["test"], catalogue="sst2", source=source)
+
+
+def test_where_answers_end_depends_on_the_split_that_is_scored_alone() -> None:
+    texts = {"train": "the old green river near we ate", "validation": "apple", "test": "a river"}
+    splits = {
+        name: (Example("x", text, facts={"answers": [text]}),) for name, text in texts.items()
+    }
+    data = TaskData("t", splits, (), ("squad",), "own: free text", {})
+
+    def ends(names: list[str], **evaluation: Any) -> dict[str, int]:
+        config = TuneConfig.model_validate({"evaluation": evaluation})
+        task = TextReader(config, runs.train_tokenizer(), "seq2seq").load(TaskConfig(), data, names)
+        assert task.rule.max_target_tokens == max(s.max_target_tokens for s in task.splits.values())
+        return {name: split.max_target_tokens for name, split in task.splits.items()}
+
+    together = ends(["train", "validation", "test"])
+    assert len(set(together.values())) == 3
+    assert ends(["test"]) == {"test": together["test"]}
+    assert ends(["test", "train"], max_target_tokens=2) == {"test": 2, "train": 2}
