@@ -55,7 +55,9 @@ def _put_task(values: dict[str, Any], options: argparse.Namespace, split: str | 
         as_tuned = {key: task[key] for key in ("prefixed", "append_eos")}
         task = {"catalogue": find_task(options.task).name, **as_tuned}
     if split is not None and options.data is not None:
-        task["source"] = _source(Path(options.data), split)
+        own = options.task in (None, values["task"]["catalogue"])
+        known = values["task"]["source"] if own else {}
+        task["source"] = _source(Path(options.data), split, known)
     task["skip_bad_rows"] = task.get("skip_bad_rows", False) or options.skip_bad_rows
     # Of the run's tasks one is scored; another name for it must not clash with the rest.
     values |= {"task": task, "mixture": {}, "transfer": []}
@@ -78,10 +80,13 @@ def _with_engine(
     return config.model_copy(update={"backbone": backbone}), engine
 
 
-def _source(data: Path, split: str) -> dict[str, Any]:
+def _source(data: Path, split: str, known: dict[str, Any]) -> dict[str, Any]:
+    """`--data` as a source; with the train file of the run that tuned for this task, for floors."""
     if data.is_dir() or data.suffix == ".zip":
         return {"kind": "superglue", "path": str(data)}
-    return {"kind": "files", split: str(data)}
+    train = known.get("train") if known.get("kind") == "files" else None
+    kept = {"train": train} if train is not None and Path(train).is_file() else {}
+    return {"kind": "files", **kept, split: str(data)}
 
 
 def _config_of_run(prompt_file: Path) -> str:

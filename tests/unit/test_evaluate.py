@@ -218,7 +218,9 @@ def test_other_rows_for_the_runs_own_task(said: Said, prompt: Path, tmp_path: Pa
     )
     assert code == 0
     assert out.startswith("foods, test\n")
-    assert read_result(tmp_path / "out").num_answers == 9
+    result = read_result(tmp_path / "out")
+    assert result.num_answers == 9
+    assert set(result.others) == {"majority class", "naive Bayes"}  # from the run's train
 
 
 def test_a_prompt_of_another_length_than_the_recipes(
