@@ -46,10 +46,14 @@ def run_dir(lively_t5, tiny_data, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alone(run_dir, tmp_path_factory):
-    """Method -> what one rank writes with a replicated backbone."""
+def alone(run_dir, run_functions, tmp_path_factory):
+    """Method -> what one rank writes with a replicated backbone, in a process like the others.
+
+    Not in this one: more threads add the same numbers in another order.
+    """
     folder = tmp_path_factory.mktemp("alone")
-    answer_rows(run_dir, folder, dict.fromkeys(CELLS, "replicated"))
+    sharding = dict.fromkeys(CELLS, "replicated")
+    run_functions(answer_rows, 1, run_dir=run_dir, folder=folder, sharding=sharding, timeout=200)
     written = {method: (folder / f"{method}.jsonl").read_bytes() for method in CELLS}
     for lines in written.values():
         assert lines.count(b"\n") == NUM_ROWS
