@@ -9,6 +9,7 @@ that start there.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +42,7 @@ class Reading:
     """What the backbone holds of what was read; it grows with the answer."""
 
 
-class Backbone(nn.Module):
+class Backbone(nn.Module, ABC):
     """A frozen language model; back-propagates to the prompt and to nothing else."""
 
     family: Family
@@ -133,17 +134,21 @@ class Backbone(nn.Module):
             _with_prompt(prompt_BPD, batch.input_mask_BS),
         )
 
+    @abstractmethod
     def _logits(self, prompt_BPD: Tensor, batch: TokenBatch) -> Tensor:
-        raise NotImplementedError
+        """`forward`, for this shape."""
 
+    @abstractmethod
     def _read(self, prompt_BPD: Tensor, batch: TokenBatch) -> Reading:
-        raise NotImplementedError
+        """`read`, for this shape."""
 
+    @abstractmethod
     def _extend(self, reading: Reading, ids_B: Tensor) -> Reading:
-        raise NotImplementedError
+        """`extend`, for this shape."""
 
+    @abstractmethod
     def _answer_logits(self, prompt_BPD: Tensor, batch: TokenBatch, answers_LT: Tensor) -> Tensor:
-        raise NotImplementedError
+        """`answer_logits`, for this shape."""
 
     def install_hooks(self) -> None:
         """All ranks: have DeepSpeed bring each sharded block in and out around its use."""
