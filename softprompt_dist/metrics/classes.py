@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,31 +30,6 @@ class ClassScore:
     """Share of right ones among its targets; None where it never was the target."""
     f1: float | None
     """None where it was neither."""
-
-
-@dataclass(frozen=True)
-class Distributions:
-    """How often each text was the target, and the prediction."""
-
-    targets: Mapping[str, int]
-    predictions: Mapping[str, int]
-
-    @property
-    def never_predicted(self) -> set[str]:
-        """Targets that are nobody's prediction."""
-        return set(self.targets) - set(self.predictions)
-
-    @property
-    def never_right(self) -> set[str]:
-        """Predictions that are nobody's target."""
-        return set(self.predictions) - set(self.targets)
-
-
-def answer_distributions(answers: Sequence[Answer]) -> Distributions:
-    """Counts of targets and predictions, the most frequent first."""
-    targets = Counter(answer.target for answer in answers)
-    predictions = Counter(answer.prediction for answer in answers)
-    return Distributions(dict(targets.most_common()), dict(predictions.most_common()))
 
 
 def confusion_counts(answers: Sequence[Answer], labels: Sequence[str]) -> NDArray[np.int64]:

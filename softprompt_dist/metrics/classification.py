@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Literal
 
 import numpy as np
 
@@ -11,6 +13,7 @@ from softprompt_dist.metrics.answer import Answer
 from softprompt_dist.metrics.metric import (
     Floats,
     Metric,
+    Prepare,
     Weighted,
     equals_target,
     outside_labels,
@@ -101,48 +104,37 @@ def _matthews(answers: Sequence[Answer], labels: Sequence[str]) -> Weighted:
     return correlation
 
 
-ACCURACY = Metric(
-    "accuracy",
-    "share of predictions that equal their target to the character",
-    ("accuracy",),
-    _accuracy,
-    labels="any",
-    is_right=equals_target,
-    is_invalid=outside_labels,
+def _of_labels(
+    name: str, title: str, prepare: Prepare, labels: Literal["any", "needed", "two"]
+) -> Metric:
+    """A metric of one value, which is its name's."""
+    return Metric(
+        name,
+        title,
+        (name,),
+        prepare,
+        labels=labels,
+        is_right=equals_target,
+        is_invalid=outside_labels,
+    )
+
+
+ACCURACY = _of_labels(
+    "accuracy", "share of predictions that equal their target to the character", _accuracy, "any"
 )
-F1 = Metric(
-    "f1",
-    "F1 of the second of two labels",
-    ("f1",),
-    f1_of_second_label,
-    labels="two",
-    is_right=equals_target,
-    is_invalid=outside_labels,
+F1 = _of_labels("f1", "F1 of the second of two labels", f1_of_second_label, "two")
+MACRO_F1 = _of_labels(
+    "macro_f1", "mean of every label's F1", partial(_macro_f1, "macro_f1"), "needed"
 )
-MACRO_F1 = Metric(
-    "macro_f1",
-    "mean of every label's F1",
-    ("macro_f1",),
-    lambda answers, labels: _macro_f1("macro_f1", answers, labels),
-    labels="needed",
-    is_right=equals_target,
-    is_invalid=outside_labels,
-)
-MEAN_3CLASS_F1 = Metric(
+MEAN_3CLASS_F1 = _of_labels(
     "mean_3class_f1",
     "mean of three labels' F1 (CommitmentBank)",
-    ("mean_3class_f1",),
-    lambda answers, labels: _macro_f1("mean_3class_f1", answers, labels),
-    labels="needed",
-    is_right=equals_target,
-    is_invalid=outside_labels,
+    partial(_macro_f1, "mean_3class_f1"),
+    "needed",
 )
-MATTHEWS = Metric(
+MATTHEWS = _of_labels(
     "matthews_corrcoef",
     "Matthews correlation; an invalid string is a class of its own",
-    ("matthews_corrcoef",),
     _matthews,
-    labels="needed",
-    is_right=equals_target,
-    is_invalid=outside_labels,
+    "needed",
 )

@@ -7,7 +7,7 @@ import pytest
 
 from softprompt_dist.metrics.answer import Answer
 from softprompt_dist.metrics.answer_text import remove_first_sentinel, translate
-from softprompt_dist.metrics.classes import answer_distributions
+from softprompt_dist.metrics.classes import INVALID, class_scores, confusion_counts
 from softprompt_dist.metrics.correlation import string_to_float
 from softprompt_dist.metrics.questions import best_match, normalize_squad, normalize_trivia_qa
 from softprompt_dist.metrics.referent import judge_referent
@@ -143,21 +143,28 @@ def test_transfer_between_qqp_and_mrpc(case):
     assert values(METRICS_OF[case["task"]], answers, labels) == expected(case)
 
 
+def shown_distributions(answers, labels):
+    """How often each text was target and prediction, as reports show it: classes, invalid texts."""
+    classes = class_scores(confusion_counts(answers, labels), labels)
+    known = [each for each in classes if each.label != INVALID]
+    predictions = {each.label: each.num_predictions for each in known if each.num_predictions}
+    predictions |= measure(["accuracy"], answers, labels, num_resamples=0).invalid
+    return {each.label: each.num_targets for each in known if each.num_targets}, predictions
+
+
 @pytest.mark.parametrize("case", cases("label_set_stats"))
 def test_distributions_of_labels(case):
     stats = case["expected"]["cb label distributions"].strip("`\n")
-    found = answer_distributions(answers_of(case))
-    for kind, counts in (("target", found.targets), ("prediction", found.predictions)):
+    targets, predictions = shown_distributions(answers_of(case), sorted(set(case["targets"])))
+    for kind, counts in (("target", targets), ("prediction", predictions)):
         original = json.loads(stats)[f"{kind} label distribution"]
         total = len(case["targets"]) if case["normalize"] else 1
         assert {label: count / total for label, count in counts.items()} == original
     lines = case["expected"]["cb label stats"].split("\n\n")
-    cardinalities = [int(line.rsplit(": ", 1)[1]) for line in lines]
-    targets, predictions = set(found.targets), set(found.predictions)
-    assert cardinalities == [
+    assert [int(line.rsplit(": ", 1)[1]) for line in lines] == [
         len(targets),
         len(predictions),
-        len(targets & predictions),
-        len(found.never_predicted),
-        len(found.never_right),
+        len(targets.keys() & predictions.keys()),
+        len(targets.keys() - predictions.keys()),
+        len(predictions.keys() - targets.keys()),
     ]
