@@ -140,7 +140,7 @@ class EvaluationConfig(Section):
     max_validation_examples: Positive | None = None
     max_test_examples: Positive | None = None
     batch_tokens: Positive = 4096
-    """Positions (prompt and longest input, times rows) that a rank scores at a time."""
+    """Positions (prompt, longest input and answers, times rows) that a rank scores at a time."""
     early_stopping_patience: Positive | None = None
     """End after so many validations in a row that were no better than the best before."""
 

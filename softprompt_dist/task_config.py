@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -44,6 +45,13 @@ class SourceConfig(Section):
                     f"Remove it, or set kind: hub."
                 )
         return self
+
+
+def source_at(path: Path, split: str) -> SourceConfig:
+    """What a command's `--data` names: SuperGLUE's zip or folder, else the file of `split`."""
+    if path.suffix == ".zip" or path.is_dir():
+        return SourceConfig(kind="superglue", path=str(path))
+    return SourceConfig.model_validate({"kind": "files", split: str(path)})
 
 
 class TaskConfig(Section):

@@ -154,17 +154,14 @@ def _examples_of(
     task: CatalogueTask, path: Path, split: str, count: int
 ) -> tuple[list[Example], str]:
     from softprompt_dist.data.tasks import load_task
-    from softprompt_dist.task_config import SourceConfig, TaskConfig
+    from softprompt_dist.task_config import TaskConfig, source_at
 
-    if path.suffix == ".zip" or path.is_dir():
-        if task.folder is None:
-            raise DataError(
-                f"--data is {path}, but only SuperGLUE has zips and folders, and {task.name} is "
-                f"none of it. Name a jsonl, csv or parquet file."
-            )
-        source = SourceConfig(kind="superglue", path=str(path))
-    else:
-        source = SourceConfig.model_validate({"kind": "files", split: str(path)})
+    source = source_at(path, split)
+    if source.kind == "superglue" and task.folder is None:
+        raise DataError(
+            f"--data is {path}, but only SuperGLUE has zips and folders, and {task.name} is none "
+            f"of it. Name a jsonl, csv or parquet file."
+        )
     loaded = load_task(TaskConfig(catalogue=task.name, source=source), (split,))
     examples = loaded.splits[split]
     return list(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from softprompt_dist.data.catalogue.definition import CatalogueTask
 from softprompt_dist.data.catalogue.registry import find_task
@@ -80,6 +81,10 @@ class TaskData:
     digests: Mapping[str, str]
     """Split -> sha256 of its examples' texts."""
     records: Mapping[str, SplitRecord] = field(default_factory=dict)
+
+    def provenance(self, split: str) -> dict[str, Any]:
+        """Where a split's rows come from, and the digest of its examples, as JSON values."""
+        return {**asdict(self.records[split]), "examples_sha256": self.digests[split]}
 
     @property
     def train(self) -> tuple[Example, ...]:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -56,6 +56,8 @@ class EvaluationResult(_Frozen):
     backbone: str
     version: str
     """Of softprompt-dist."""
+    data: dict[str, Any] = {}
+    """Where the split's rows came from: origin, sha256 or revision, counts; and their digest."""
     others: dict[str, dict[str, Percent]] = {}
     """Floors and other answers to the same rows -> their values."""
     verdicts: tuple[str, ...] = ()

@@ -86,7 +86,9 @@ class VerbParser(argparse.ArgumentParser):
             "--prompt", required=True, metavar="FILE", help="prompt file (.safetensors)"
         )
         self.add_argument(
-            "--task", metavar="NAME", help="a task of `softprompt tasks list` instead of the run's"
+            "--task",
+            metavar="NAME",
+            help="another task: of the run's mixture, or of `softprompt tasks list`",
         )
         if rows_of_task:
             self.add_argument(

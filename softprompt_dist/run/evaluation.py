@@ -123,6 +123,7 @@ def evaluation_of(
         method=task.rule.name,
         backbone=bench.backbone.path,
         prompt=prompt_source(prompt_file),
+        data=task.data.provenance(answered.split_name),
         others={name: found for name, found in compared.items() if len(found) == len(texts)},
         generated=generated if task.translation else (),
         label_scores=() if task.translation else scores,

@@ -135,6 +135,7 @@ def evaluation_result(evaluation: Evaluation, judgement: Judgement) -> Evaluatio
             "metrics": evaluation.metrics,
             "method": evaluation.method,
             "prompt": evaluation.prompt,
+            "data": dict(evaluation.data),
             "backbone": evaluation.backbone,
             "version": __version__,
             "others": others,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from softprompt_dist.data.examples import Example
 from softprompt_dist.data.floors import has_floors, majority_class, naive_bayes
@@ -32,6 +33,8 @@ class Evaluation:
     """How answers were made, such as `greedy` or `rank`."""
     backbone: str
     prompt: PromptSource | None = None
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """Where the split's rows came from; see `TaskData.provenance`."""
     others: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Floors and whatever else answered the same examples -> its predictions."""
     generated: Sequence[str] = ()

@@ -8,9 +8,10 @@ from typing import Any
 
 from softprompt_dist.backbone.engine import apply_engine_config, read_engine_config
 from softprompt_dist.config import TuneConfig
-from softprompt_dist.data.catalogue.registry import find_task
+from softprompt_dist.data.catalogue.registry import CATALOGUE, find_task
 from softprompt_dist.errors import ConfigError, PromptFileError
 from softprompt_dist.recipe import check_values, load_recipe
+from softprompt_dist.task_config import source_at
 
 
 def tune_config(options: argparse.Namespace) -> tuple[TuneConfig, dict[str, Any] | None]:
@@ -50,18 +51,27 @@ def prompt_config(
 
 def _put_task(values: dict[str, Any], options: argparse.Namespace, split: str | None) -> None:
     """Put in the task, the rows and the way of answering that the command line asks for."""
-    task = values["task"]
-    if options.task is not None and options.task != task["catalogue"]:
-        as_tuned = {key: task[key] for key in ("prefixed", "append_eos")}
-        task = {"catalogue": find_task(options.task).name, **as_tuned}
+    task = _chosen_task(values, options.task)
     if split is not None and options.data is not None:
-        own = options.task in (None, values["task"]["catalogue"])
-        known = values["task"]["source"] if own else {}
-        task["source"] = _source(Path(options.data), split, known)
+        task["source"] = _source(Path(options.data), split, task.get("source", {}))
     task["skip_bad_rows"] = task.get("skip_bad_rows", False) or options.skip_bad_rows
     # Of the run's tasks one is scored; another name for it must not clash with the rest.
     values |= {"task": task, "mixture": {}, "transfer": []}
     values["evaluation"]["method"] = options.method or values["evaluation"]["method"]
+
+
+def _chosen_task(values: dict[str, Any], name: str | None) -> dict[str, Any]:
+    """The run's task, or the one called `name`: tuned in the run, or of the catalogue."""
+    own: dict[str, Any] = values["task"]
+    tuned = [own, *values["mixture"]["tasks"]]
+    if name is None:
+        return own
+    key = "catalogue" if name in CATALOGUE else "name"
+    for task in tuned:
+        if task[key] == name:
+            return task
+    as_tuned = {key: own[key] for key in ("prefixed", "append_eos")}
+    return {"catalogue": find_task(name).name, **as_tuned}
 
 
 def _with_engine(
@@ -82,11 +92,10 @@ def _with_engine(
 
 def _source(data: Path, split: str, known: dict[str, Any]) -> dict[str, Any]:
     """`--data` as a source; with the train file of the run that tuned for this task, for floors."""
-    if data.is_dir() or data.suffix == ".zip":
-        return {"kind": "superglue", "path": str(data)}
-    train = known.get("train") if known.get("kind") == "files" else None
+    source = source_at(data, split)
+    train = known.get("train") if known.get("kind") == source.kind == "files" else None
     kept = {"train": train} if train is not None and Path(train).is_file() else {}
-    return {"kind": "files", **kept, split: str(data)}
+    return kept | source.model_dump(mode="json", exclude_unset=True)
 
 
 def _config_of_run(prompt_file: Path) -> str:

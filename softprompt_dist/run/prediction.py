@@ -121,14 +121,12 @@ def _check_positions(
     config: TuneConfig, backbone: Backbone, prompt_length: int, rule: AnswerRule
 ) -> None:
     """Refuse settings under which an input could be too long; nobody knows the rows to come."""
-    longest_label = max(map(len, rule.labels.ids), default=0)
-    target = rule.max_target_tokens if rule.method == "greedy" else longest_label
-    needed = prompt_length + config.backbone.max_input_tokens + target
+    needed = prompt_length + config.backbone.max_input_tokens + rule.answer_tokens
     limit = backbone.max_positions
     if limit is not None and needed > limit:
         raise ConfigError(
             f"The prompt's {prompt_length} vectors, backbone.max_input_tokens "
-            f"{config.backbone.max_input_tokens} and {target} tokens of answer make {needed} "
-            f"positions, but the backbone has {limit}. Lower backbone.max_input_tokens by "
+            f"{config.backbone.max_input_tokens} and {rule.answer_tokens} tokens of answer make "
+            f"{needed} positions, but the backbone has {limit}. Lower backbone.max_input_tokens by "
             f"{needed - limit} or more."
         )

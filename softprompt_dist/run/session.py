@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -71,12 +70,8 @@ def _data_records(run: TuningRun) -> dict[str, Any]:
     """Where each split of each task comes from, and its digest."""
     records: dict[str, Any] = {}
     for task in (*run.tasks, *run.transfers):
-        records.setdefault(task.name, {}).update(
-            {
-                split: {**dataclasses.asdict(record), "examples_sha256": task.data.digests[split]}
-                for split, record in task.data.records.items()
-            }
-        )
+        splits = {split: task.data.provenance(split) for split in task.data.records}
+        records.setdefault(task.name, {}).update(splits)
     return records
 
 

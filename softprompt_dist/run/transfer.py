@@ -111,9 +111,11 @@ def write_transfer(path: Path, domains: Sequence[Domain]) -> None:
         OSError: the folder cannot be written.
     """
     home = _home_score(domains)
+    title = "Scores of all tasks" if all(d.is_tuned for d in domains) else "Zero-shot transfer"
     text = (
-        f"# Zero-shot transfer\n\n{transfer_table(domains)}\n\nScores in percent: the mean of a "
-        "task's metrics. The drop is from the mean score of the tasks tuned for, in points.\n"
+        f"# {title}\n\n{transfer_table(domains)}\n\nScores in percent: the mean of a task's "
+        "metrics. The drop is from the mean score of the tasks tuned for, in points; between tasks "
+        "with different metrics it compares scores that count differently.\n"
     )
     results = [
         {

@@ -21,7 +21,7 @@ from softprompt_dist.backbone.load import (
     load_tokenizer,
     locate_backbone,
 )
-from softprompt_dist.config import TuneConfig
+from softprompt_dist.config import TuneConfig, TuningBatchConfig
 from softprompt_dist.data.batching import TokenBatch, TokenExample, collate, silent
 from softprompt_dist.data.bucketing import MicroBatchLimit, dealt, micro_batches_by_length
 from softprompt_dist.data.mixture import MixtureOrder, mixing_rates
@@ -122,8 +122,8 @@ def check_world(config: TuneConfig | AdaptConfig, world_size: int) -> None:
         ConfigError: with the micro-batch sizes and world sizes that would work.
     """
     batch = config.batch
-    if getattr(batch, "micro_batch_tokens", None) is not None:
-        return
+    if isinstance(batch, TuningBatchConfig) and batch.micro_batch_tokens is not None:
+        return  # micro-batches are cut for as many ranks as there are
     per_update = batch.micro_batch_size * world_size
     if batch.global_batch_size % per_update:
         multiple = -(-batch.global_batch_size // per_update) * per_update

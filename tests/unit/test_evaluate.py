@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import zipfile
@@ -221,6 +222,8 @@ def test_other_rows_for_the_runs_own_task(said: Said, prompt: Path, tmp_path: Pa
     result = read_result(tmp_path / "out")
     assert result.num_answers == 9
     assert set(result.others) == {"majority class", "naive Bayes"}  # from the run's train
+    assert result.data["origin"] == "more.jsonl"
+    assert result.data["sha256"] == hashlib.sha256(data.read_bytes()).hexdigest()
 
 
 def test_a_prompt_of_another_length_than_the_recipes(

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from softprompt_dist import evaluate
 from softprompt_dist.backbone.load import load_tokenizer
 from softprompt_dist.config import TuneConfig
 from softprompt_dist.data.mixture import MixtureOrder
@@ -19,6 +20,7 @@ from softprompt_dist.metrics.results import read_result
 from softprompt_dist.recipe import check_values
 from softprompt_dist.run.session import train
 from tests import runs
+from tests.messages import Said
 
 Recipe = dict[str, Any]
 STILL = "optimizer.learning_rate=1e-12"
@@ -220,6 +222,19 @@ def test_a_mixture_reports_each_task(mixture: Path) -> None:
     answered = lines_of(mixture / "tasks" / "sides-test" / "predictions.jsonl")
     assert {row["prediction"] for row in answered} <= set(runs.SIDES.values())
     assert (mixture / "tasks" / "sides-test" / "confusion.png").exists()
+
+
+@pytest.mark.usefixtures("lone_process")
+def test_each_task_of_a_mixture_can_be_evaluated_by_name(
+    said: Said, mixture: Path, tmp_path: Path
+) -> None:
+    prompt = mixture / "prompt" / "best.safetensors"
+    for name, place in {"foods": mixture, "sides": mixture / "tasks" / "sides-test"}.items():
+        output = tmp_path / name
+        code, out, _ = said(evaluate.main, "--prompt", prompt, "--task", name, "--output", output)
+        assert (code, out.splitlines()[0]) == (0, f"{name}, test")
+        assert read_result(output).values == read_result(place / "results.json").values
+        assert read_result(output).data == read_result(place / "results.json").data
 
 
 @pytest.mark.parametrize(
