@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,24 @@ from softprompt_dist.adapt_config import AdaptConfig
 from softprompt_dist.cache import cache_directory
 from softprompt_dist.checks.finding import Finding
 from softprompt_dist.config import BackboneConfig, PromptConfig, TuneConfig
+from softprompt_dist.data.sources import SPLITS
 from softprompt_dist.errors import BackboneError, DataError, SoftpromptError
 from softprompt_dist.task_config import TaskConfig
 
 _READ_WHOLE_BYTES = 256 * 2**20
 _HUB_SECONDS = 10.0
+_SPLIT_WORDS = {"train": "training", "validation": "validation", "test": "test"}
 
 
 def check_files(config: TuneConfig | AdaptConfig) -> list[Finding]:
     """What the job reads besides its backbone."""
     if isinstance(config, TuneConfig):
-        return [check_task(config.task), *check_prompt(config.prompt)]
+        mixed = [check_task(each, name=f"task {each.name}") for each in config.mixture.tasks]
+        scored = [
+            check_task(each.task, [each.split], name=f"task {each.task.name}")
+            for each in config.transfer
+        ]
+        return [check_task(config.task), *mixed, *scored, *check_prompt(config.prompt)]
     tokenizer = _tried("tokenizer", lambda: _tokenizer(Path(config.tokenizer or "")))
     own_tokenizer = [tokenizer] if config.tokenizer else []
     return [*own_tokenizer, _tried("corpus", lambda: _corpus(config))]
@@ -68,14 +75,16 @@ def local_folder(config: BackboneConfig) -> Path | None:
     return _hub_snapshot(config)
 
 
-def check_task(config: TaskConfig) -> Finding:
+def check_task(
+    config: TaskConfig, splits: Sequence[str] = SPLITS, *, name: str = "task"
+) -> Finding:
     """Rows of local files are read as a run would read them, if they are not too many."""
     source = config.source
     if source.kind == "hub":
-        return _tried("task", lambda: _hub_rows(config))
+        return _tried(name, lambda: _hub_rows(config))
     if source.kind == "vader":
-        return Finding("task", "ok", f"vader {source.name}: fetched when a run first starts")
-    return _tried("task", lambda: _rows(config))
+        return Finding(name, "ok", f"vader {source.name}: fetched when a run first starts")
+    return _tried(name, lambda: _rows(config, splits))
 
 
 def check_prompt(config: PromptConfig) -> list[Finding]:
@@ -137,22 +146,20 @@ def _hub_rows(config: TaskConfig) -> str:
     return _dataset(*hub_data_set(config))
 
 
-def _rows(config: TaskConfig) -> str:
+def _rows(config: TaskConfig, splits: Sequence[str]) -> str:
     from softprompt_dist.data.tasks import load_task
 
     source = config.source
-    if source.kind == "superglue":
-        task = load_task(config, ("train", "validation"))
-        return f"{len(task.train)} training, {len(task.validation)} validation rows"
-    paths = [Path(name) for name in (source.train, source.validation, source.test) if name]
+    named = () if source.kind == "superglue" else (source.train, source.validation, source.test)
+    paths = [Path(name) for name in named if name]
     if missing := [str(path) for path in paths if not path.is_file()]:
         raise DataError(f"No such file: {', '.join(missing)}. Paths start at {Path.cwd()}.")
     total = sum(path.stat().st_size for path in paths)
     if total > _READ_WHOLE_BYTES:
         return f"{len(paths)} file(s), {total / 1e9:.1f} GB, not read here"
-    task = load_task(config)
-    counts = f"{len(task.train)} training, {len(task.validation)} validation"
-    return f"{counts}, {len(task.test)} test rows"
+    task = load_task(config, splits)
+    counts = (f"{len(task.splits[split])} {_SPLIT_WORDS[split]}" for split in splits)
+    return f"{', '.join(counts)} rows"
 
 
 def _corpus(config: AdaptConfig) -> str:

@@ -17,7 +17,7 @@ from softprompt_dist.checks.job import Job, check_recipe, check_world_size
 from softprompt_dist.checks.world import World
 from softprompt_dist.config import BackboneConfig, TuneConfig
 from softprompt_dist.recipe import load_recipe
-from softprompt_dist.task_config import SourceConfig, TaskConfig
+from softprompt_dist.task_config import MixtureConfig, SourceConfig, TaskConfig, TransferConfig
 
 
 def read(*arguments: str) -> tuple[Job, list[Finding]]:
@@ -169,7 +169,28 @@ def test_a_task_of_the_catalogue_is_looked_up_where_it_would_be_read(
         (tmp_path / f"{name}.jsonl").write_text(row)
     source = SourceConfig(kind="superglue", path=str(tmp_path))
     found = job_files.check_task(TaskConfig(catalogue="boolq", source=source))
-    assert found.found == "1 training, 1 validation rows"
+    assert found.found == "1 training, 1 validation, 1 test rows"
+    (tmp_path / "test.jsonl").write_text(row.replace(', "label": true', ""))
+    refused = job_files.check_task(TaskConfig(catalogue="boolq", source=source))
+    assert (refused.status, "has no labels" in refused.remedy) == ("fail", True)
+
+
+def test_tasks_of_mixture_and_transfer_are_checked_too(config: TuneConfig, tmp_path: Path) -> None:
+    source = config.task.source.model_copy(update={"test": str(tmp_path / "gone.jsonl")})
+    mixed = config.task.model_copy(update={"name": "mixed"})
+    scored = config.task.model_copy(update={"name": "scored", "source": source})
+    both = config.model_copy(
+        update={
+            "mixture": MixtureConfig(tasks=[mixed]),
+            "transfer": [TransferConfig(task=scored)],
+        }
+    )
+    found = by_name(job_files.check_files(both))
+    assert found["task"].status == found["task mixed"].status == "ok"
+    assert (found["task scored"].status, "gone.jsonl" in found["task scored"].remedy) == (
+        "fail",
+        True,
+    )
 
 
 def test_a_prompt_file_that_is_none_fails(config: TuneConfig, tmp_path: Path) -> None:
