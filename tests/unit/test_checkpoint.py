@@ -292,6 +292,18 @@ def test_a_read_only_folder(store):
         store.folder.chmod(0o755)
 
 
+def test_a_write_that_is_denied_leaves_what_was_saved(store, monkeypatch):
+    def denied(path, content):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    save(store, 10)
+    monkeypatch.setattr(checkpoint_module, "write_file", denied)
+    with pytest.raises(CheckpointError, match="Permission denied"):
+        save(store, 20)
+    assert names(store) == ["step-00000010"]
+    assert_is_step(store.load_newest(), 10)
+
+
 def test_permission_denied_is_named_and_nothing_is_set_aside(store, monkeypatch):
     def denied(path):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))

@@ -40,7 +40,14 @@ def examples_of(recipe: str, rows: str, folder: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_of_the_page_is_valid(recipe: str) -> None:
-    TaskConfig(**task_of(recipe))
+    written = task_of(recipe)
+    read = TaskConfig(**written).model_dump(exclude_unset=True)
+    assert read["source"] == written["source"]
+    assert {key: read[key] for key in written} == written
+
+
+def test_the_page_has_recipes_with_and_without_rows() -> None:
+    assert len(RECIPES) > len(WITH_ROWS) == 2
 
 
 def test_the_task_with_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
