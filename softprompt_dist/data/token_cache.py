@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CACHE_VERSION = 1
-# 2,000 rows of 110 tokens are tokenised in 0.6 s on one slow core, and found in 0.1 s.
+# Fewer are tokenised about as soon as they are found and checked.
 FEWEST_ROWS_KEPT = 2000
 DAYS_KEPT = 30
 _ROWS_AT_A_TIME = 5000
