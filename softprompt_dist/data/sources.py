@@ -173,7 +173,8 @@ def _load_from_hub(name: str, subset: str | None, revision: str | None) -> Any:
     except Exception as error:  # the hub's client raises kinds of its own and of its libraries
         raise DataError(
             f"Cannot load data set {name!r} (subset {subset!r}, revision {revision!r}): {error} "
-            f"Check the names, and that the hub can be reached; or name rows of your own (task.source, --data)."
+            f"Check the names, and that the hub can be reached; or name rows of your own "
+            f"(task.source, --data)."
         ) from error
     finally:
         if showing_progress:
