@@ -20,8 +20,38 @@ class ArchitectureConfig(Section):
     num_decoder_layers: Positive = 3
 
 
+class EngineConfig(Section):
+    """How DeepSpeed spreads weights, gradients and optimizer over the ranks."""
+
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
+    """0: all on every rank; 1: optimizer sharded; 2: gradients, too; 3: weights, too."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """cpu: fp32 weights and optimizer state in the node's memory (stages 1 to 3)."""
+    activation_checkpointing: bool = False
+    """Keep only each layer's input and compute the rest again in the backward pass."""
+
+
+class AdaptEvaluationConfig(Section):
+    """What is measured on `validation_corpus`."""
+
+    every_steps: Positive = 1000
+    max_examples: Positive = 512
+    """The first so many examples of the text, always the same ones."""
+
+
+class ExportConfig(Section):
+    """The Hugging Face folders that a run leaves behind."""
+
+    steps: list[Positive] = []
+    """A folder is written at these steps, besides the last."""
+    dtypes: list[Literal["fp32", "bf16"]] = Field(default=["fp32"], min_length=1)
+    """Each makes a folder: `export`, and `export-bf16` beside it."""
+    max_shard_gigabytes: Annotated[float, Field(gt=0)] = 5.0
+    """Larger weights are split over several files, with an index."""
+
+
 class AdaptConfig(Section):
-    """Everything `softprompt adapt` needs: all weights of a T5 v1.1, on plain text."""
+    """Everything `softprompt adapt` needs: all weights of a language model, on plain text."""
 
     name: str = Field(default="adapt", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     run_directory: str | None = None
@@ -35,13 +65,21 @@ class AdaptConfig(Section):
     tokenizer: str | None = None
     """Folder of the tokenizer; default: beside the backbone."""
     corpus: list[str] = Field(min_length=1)
-    """Text files (one document a line; .gz and .xz too). `path*3`: three times an epoch."""
+    """Folders of `softprompt corpus build`, or text files (one document a line; .gz and .xz too),
+    which are tokenised before the first step. `path*3`: three times an epoch."""
     validation_corpus: list[str] = []
-    objective: Literal["span_corruption", "prefix_lm"] = "prefix_lm"
+    objective: Literal["span_corruption", "prefix_lm", "lm"] = "prefix_lm"
+    """lm: the next token, for decoder-only backbones."""
+    packing: Literal["none", "greedy", "complementary_pairs"] = "greedy"
+    """How `prefix_lm` fills rows. none: one example each; greedy: as many whole ones as fit, as T5
+    does; complementary_pairs: two stretches of running text, one's prefix with the other's, which
+    leaves no padding (BigScience). The rows of the other objectives are always full."""
     noise_density: Annotated[float, Field(gt=0, lt=1)] = 0.15
     mean_noise_span_length: Annotated[float, Field(ge=1)] = 3.0
     inputs_length: Annotated[int, Field(ge=8)] = 512
+    """Encoder positions of a row; `lm` has none."""
     targets_length: Annotated[int, Field(ge=8)] = 512
+    """Decoder positions of a row."""
     z_loss: Annotated[float, Field(ge=0)] = 1e-4
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     optimizer: Literal["adafactor", "adamw", "rms_scaled_adamw"] = "adafactor"
@@ -61,11 +99,10 @@ class AdaptConfig(Section):
     """bf16: matrix products in bf16, weights and optimizer in fp32."""
     compile: bool = False
     """Use torch.compile; pays off after minutes of training."""
-    export_dtype: Literal["fp32", "bf16"] = "fp32"
+    engine: EngineConfig = EngineConfig()
     batch: BatchConfig = BatchConfig()
+    """Both count rows."""
     log_every_steps: Positive = 10
-    max_validation_examples: Positive = 512
-    evaluate_every_steps: Positive = 1000
+    evaluation: AdaptEvaluationConfig = AdaptEvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    export_steps: list[Positive] = []
-    """Steps at which a Hugging Face folder is written, besides the last."""
+    export: ExportConfig = ExportConfig()

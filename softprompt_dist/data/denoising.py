@@ -11,7 +11,7 @@ import torch
 from softprompt_dist.adapt_config import AdaptConfig
 from softprompt_dist.data.batching import TokenBatch
 from softprompt_dist.data.corpus import Pieces, TokenisedCorpus, cut_concatenated, cut_documents
-from softprompt_dist.data.objectives import (
+from softprompt_dist.data.lm.objectives import (
     DenoisingExample,
     append_eos_after_trim,
     corrupt_spans,

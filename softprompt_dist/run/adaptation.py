@@ -27,9 +27,8 @@ from softprompt_dist.run.optimizer import optimizer_from_tensors, optimizer_to_t
 WEIGHT_PREFIX = "model."
 OPTIMIZER_PREFIX = "optimizer."
 FREE_TO_CHANGE = {
-    "run_directory", "steps", "decay_steps", "compile", "checkpoint", "export_steps",
-    "export_dtype", "log_every_steps", "evaluate_every_steps", "max_validation_examples",
-    "validation_corpus",
+    "run_directory", "steps", "decay_steps", "compile", "checkpoint", "export", "engine",
+    "log_every_steps", "evaluation", "validation_corpus",
     "corpus", "tokenizer", "backbone",
 }  # fmt: skip
 """Settings that a resumed run may have differently. The corpus is compared by its fingerprint."""
@@ -151,7 +150,7 @@ def validation_loss(run: AdaptationRun) -> float | None:
     if run.validation is None:
         return None
     size = run.config.batch.micro_batch_size
-    count = min(len(run.validation), run.config.max_validation_examples)
+    count = min(len(run.validation), run.config.evaluation.max_examples)
     sums = torch.zeros(2, dtype=torch.float64)
     run.model.eval()
     for start in range(ranks.rank() * size, count, size * ranks.world_size()):

@@ -80,7 +80,7 @@ def model_card(name: str, num_parameters: int, stages: list[dict[str, Any]]) -> 
 
 def _write(run: AdaptationRun, folder: Path, stages: list[dict[str, Any]]) -> None:
     try:
-        write_t5(run.model, run.tokenizer, folder, DTYPES[run.config.export_dtype])
+        write_t5(run.model, run.tokenizer, folder, DTYPES[run.config.export.dtypes[0]])
         replace_file(folder / HISTORY, _json(stages))
         num_parameters = sum(p.numel() for p in run.model.parameters())
         card = model_card(run.config.name, num_parameters, stages)

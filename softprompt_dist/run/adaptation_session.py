@@ -160,9 +160,9 @@ def _train(
         run.seconds += time.monotonic() - started
         if run.step % config.log_every_steps == 0 or run.step == config.steps:
             journal.log(run.step, metrics)
-        if run.step % config.evaluate_every_steps == 0 or run.step == config.steps:
+        if run.step % config.evaluation.every_steps == 0 or run.step == config.steps:
             _validate(run, journal)
-        if run.step in config.export_steps:
+        if run.step in config.export.steps:
             export(run, directory.path / f"export-step-{run.step:08d}")
         stopping = stop.agreed()
         if stopping or run.step % config.checkpoint.every_steps == 0 or run.step == config.steps:

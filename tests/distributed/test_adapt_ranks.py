@@ -42,7 +42,7 @@ learning_rate: 0.02
 schedule: constant
 warmup_steps: 0
 max_gradient_norm: 1.0
-max_validation_examples: 8
+evaluation: {{max_examples: 8}}
 batch: {{global_batch_size: 8, micro_batch_size: 2}}
 """)
     (one,) = run_on_ranks(updates, 1, recipe=str(recipe))

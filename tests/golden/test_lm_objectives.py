@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from softprompt_dist.data.corpus import TokenisedCorpus, cut_concatenated, cut_documents
-from softprompt_dist.data.objectives import (
+from softprompt_dist.data.lm.objectives import (
     append_eos_after_trim,
     corrupt_spans,
     example_generator,

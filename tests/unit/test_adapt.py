@@ -52,7 +52,7 @@ def make_config(tmp_path):
             "learning_rate": 0.02,
             "schedule": "constant",
             "warmup_steps": 2,
-            "max_validation_examples": 8,
+            "evaluation": {"max_examples": 8},
             "batch": {"global_batch_size": 4, "micro_batch_size": 2},
             "checkpoint": {"every_steps": 3, "keep_last": 2},
         }
@@ -150,7 +150,7 @@ def test_a_non_finite_loss_stops_before_the_update(make_config):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-5), ("bf16", 0.05)])
 def test_an_export_is_the_same_model_in_plain_transformers(make_config, dtype, tolerance):
-    config = make_config(export_dtype=dtype)
+    config = make_config(export={"dtypes": [dtype]})
     adaptation_session.adapt(config)
     folder = Path(config.run_directory) / "export"
     run = build_adaptation_run(config)
@@ -194,7 +194,7 @@ def test_a_new_t5_has_no_scale_before_its_head():
 def test_validation_counts_every_piece_also_of_an_incomplete_micro_batch(make_config):
     def loss(max_examples, size):
         batch = {"global_batch_size": size, "micro_batch_size": size}
-        config = make_config(batch=batch, max_validation_examples=max_examples)
+        config = make_config(batch=batch, evaluation={"max_examples": max_examples})
         return validation_loss(build_adaptation_run(config))
 
     one, three = loss(1, 1), loss(3, 1)

@@ -19,7 +19,8 @@ FOLDERS = {
     "backbone": {"parallel", "data"},
     "run": {"parallel", "metrics", "data", "prompt", "backbone"},
     "planning": {"backbone"},
-    "checks": {"parallel", "data", "prompt", "backbone", "run", "planning"},
+    "adaptation": {"parallel", "data", "backbone", "run", "planning"},
+    "checks": {"parallel", "data", "prompt", "backbone", "run", "planning", "adaptation"},
 }
 """Folder -> the other folders it may import."""
 

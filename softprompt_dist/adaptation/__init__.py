@@ -1,0 +1,1 @@
+"""Training of all weights on plain text: engine, optimizers, checkpoints, export, measures."""

@@ -1,0 +1,1 @@
+"""Running text as examples of a language-model objective: corpus, order, objectives, rows."""
