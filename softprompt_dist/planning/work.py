@@ -7,7 +7,7 @@ one backward pass with one micro-batch on every device.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from softprompt_dist.backbone.activations import split_layers
 from softprompt_dist.backbone.architecture import Architecture, Matrix
@@ -72,6 +72,25 @@ def backward_operations(architecture: Architecture, workload: Workload) -> float
     return sum(
         p.matrix_operations + 2 * p.attention_operations for p in parts(architecture, workload)
     )
+
+
+def training_operations(
+    architecture: Architecture, rows: int, input_length: int, target_length: int
+) -> float:
+    """Floating-point operations of training all weights on some rows, padding included.
+
+    Three times the forward pass: the backward pass makes the gradients of inputs and of weights.
+    What activation checkpointing computes again is not counted, as in model FLOP utilization (MFU).
+
+    Args:
+        architecture: of the model.
+        rows: how many.
+        input_length: encoder positions of a row; 0 for a decoder-only model trained on plain text.
+        target_length: positions of a row that have logits.
+    """
+    *layers, head = parts(architecture, Workload(rows, 0, input_length, target_length))
+    head = replace(head, num_tokens=rows * target_length)
+    return 3 * sum(p.matrix_operations + p.attention_operations for p in (*layers, head))
 
 
 def recomputed_share(architecture: Architecture, cell: Cell) -> float:
