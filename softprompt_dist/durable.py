@@ -3,13 +3,53 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+
+_READ_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class FileDigest:
+    """What tells a file from one that was cut short or changed."""
+
+    num_bytes: int
+    sha256: str
+    """Hexadecimal."""
+
+
+def digest_of(content: bytes) -> FileDigest:
+    """The digest of a file with this content."""
+    return FileDigest(len(content), hashlib.sha256(content).hexdigest())
+
+
+def digest_of_file(path: Path) -> FileDigest:
+    """The digest of a file of any size, which is never whole in memory.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    sha256, num_bytes = hashlib.sha256(), 0
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(_READ_BYTES):
+            sha256.update(piece)
+            num_bytes += len(piece)
+    return FileDigest(num_bytes, sha256.hexdigest())
+
+
+def free_bytes(path: Path) -> str:
+    """How much room there is where `path` is or would be, to be read by people."""
+    for folder in (path, *path.absolute().parents):
+        with suppress(OSError):
+            return f"{shutil.disk_usage(folder).free:,}"
+    return "an unknown number"
 
 
 def write_file(path: Path, content: bytes) -> None:

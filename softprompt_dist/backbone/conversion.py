@@ -23,7 +23,12 @@ from softprompt_dist.backbone.fingerprint import IDENTITY_KEY, fingerprint
 from softprompt_dist.backbone.flat_weights import row_ranges
 from softprompt_dist.backbone.formats import Int8Rows, PlainRows
 from softprompt_dist.backbone.inventory import Inventory, take_inventory
-from softprompt_dist.backbone.safetensors_file import Entry, SafetensorsWriter
+from softprompt_dist.backbone.safetensors_file import (
+    Entry,
+    SafetensorsWriter,
+    in_shards,
+    index_of_shards,
+)
 from softprompt_dist.durable import new_folder, write_file
 from softprompt_dist.errors import BackboneError, ConfigError, MachineError
 
@@ -194,36 +199,17 @@ def _write_weights(
 ) -> None:
     reader = inventory.reader
     metadata = {"format": "pt", IDENTITY_KEY: fingerprint(reader, inventory.stored)}
-    shards = list(_shards(weights, max_shard_bytes))
-    weight_map: dict[str, str] = {}
-    for index, shard in enumerate(shards, start=1):
-        suffix = f"-{index:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
-        path = folder / f"model{suffix}.safetensors"
-        entries = [entry for weight in shard for entry in weight.entries]
-        weight_map |= {entry.name: path.name for entry in entries}
-        with SafetensorsWriter(path, entries, metadata) as file:
+    shards = in_shards(weights, max_shard_bytes)
+    entries = {name: [e for w in shard for e in w.entries] for name, shard in shards.items()}
+    for name, shard in shards.items():
+        with SafetensorsWriter(folder / name, entries[name], metadata) as file:
             for weight in shard:
                 for rows in weight.row_ranges():
                     encoded = encoded_rows(reader, weight.source, weight.format, rows)
                     weight.write_rows(file, rows.start, encoded)
                     progress("writing", encoded.numel())
     if len(shards) > 1:
-        total = sum(weight.num_bytes for weight in weights)
-        index_json = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_file(folder / f"model.safetensors{_INDEX_SUFFIX}", _json(index_json))
-
-
-def _shards(weights: list[StoredWeight], max_bytes: int) -> Iterator[list[StoredWeight]]:
-    """Weights in their order, up to `max_bytes` a shard; a greater one has a shard of its own."""
-    shard: list[StoredWeight] = []
-    num_bytes = 0
-    for weight in weights:
-        if shard and num_bytes + weight.num_bytes > max_bytes:
-            yield shard
-            shard, num_bytes = [], 0
-        shard.append(weight)
-        num_bytes += weight.num_bytes
-    yield shard
+        write_file(folder / f"model.safetensors{_INDEX_SUFFIX}", index_of_shards(entries))
 
 
 def _compare(
