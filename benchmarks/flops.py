@@ -6,7 +6,6 @@ gradient on. Axes: B rows, S encoder positions (prompt, input and padding), T de
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
@@ -43,30 +42,12 @@ def matmul_peak(settings: dict[str, Any]) -> dict[str, float]:
     Args:
         settings: `size` of the square, `dtype` (a name in torch), `seconds` to try for.
     """
-    from softprompt_dist.parallel import ranks
+    from softprompt_dist.adaptation.peak import measured_peak
     from softprompt_dist.parallel.join import join_world, leave_world
 
     join_world()
-    device = ranks.device()
-    size = settings["size"]
-    square = torch.randn(size, size, device=device).to(getattr(torch, settings["dtype"]))
-    torch.mm(square, square)
     torch.distributed.barrier()
-    best, end = 0.0, time.monotonic() + settings["seconds"]
-    while time.monotonic() < end:
-        best = max(best, 2 * size**3 / _seconds_of_product(square))
+    dtype = getattr(torch, settings["dtype"])
+    best = measured_peak(dtype, size=settings["size"], seconds=settings["seconds"])
     leave_world()
     return {"flops_per_second": best}
-
-
-def _seconds_of_product(square: torch.Tensor) -> float:
-    if square.device.type != "cuda":
-        start = time.perf_counter()
-        torch.mm(square, square)
-        return time.perf_counter() - start
-    start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start_event.record()
-    torch.mm(square, square)
-    end_event.record()
-    end_event.synchronize()
-    return start_event.elapsed_time(end_event) / 1e3
