@@ -19,47 +19,46 @@ from __future__ import annotations
 
 import time
 
-import torch
-
 from softprompt_dist.adaptation.peak import Peak
-from softprompt_dist.data.lm.rows import RowBatch
-from softprompt_dist.parallel import ranks
 
 SHOWN_WHILE_TRAINING = {"loss": ".4g", "tokens_per_second": ",.0f", "mfu": ".1f"}
 """The metrics of an update that a person sees as it runs, and how they are written."""
 
 
 class Throughput:
-    """Counts what this rank reads and how long updates take; tells it for all ranks.
+    """Counts what all ranks together read in updates, and how long those take.
 
     Args:
-        operations_per_row: floating-point operations of training on a row.
+        operations_per_update: floating-point operations of training on a global batch.
         peak: of all ranks' devices together.
     """
 
-    def __init__(self, operations_per_row: float, peak: Peak) -> None:
-        self._operations_per_row = operations_per_row
+    def __init__(self, operations_per_update: float, peak: Peak) -> None:
+        self._operations_per_update = operations_per_update
         self._peak = peak
         self._first_end: float | None = None
-        self._num_updates = 0
+        self._num_later_updates = 0
         self._forget()
 
-    def count(self, batch: RowBatch) -> None:
-        """Add a micro-batch that this rank trains on."""
-        self._rows += len(batch.labels_BT)
-        self._real_tokens += batch.num_real_tokens
-        self._positions += batch.num_positions
+    def count(self, num_real_tokens: int, num_positions: int, seconds: float) -> None:
+        """Add an update that has just ended, of all ranks.
 
-    def end_update(self, seconds: float) -> None:
-        """Add the time of an update, until the device was done with it."""
+        Args:
+            num_real_tokens: positions of encoder and decoder that were not padding.
+            num_positions: all of them.
+            seconds: until the device was done.
+        """
+        self._num_updates += 1
+        self._real_tokens += num_real_tokens
+        self._positions += num_positions
         self._seconds += seconds
         if self._first_end is None:
             self._first_end = time.monotonic()
         else:
-            self._num_updates += 1
+            self._num_later_updates += 1
 
     def read(self, updates_left: int) -> dict[str, float]:
-        """All ranks: what was counted since the last call; at least one update must have been.
+        """What was counted since the last call; at least one update must have been.
 
         Args:
             updates_left: until the end of the run.
@@ -69,24 +68,21 @@ class Throughput:
             all positions; `tflops_per_second`: of the model, all ranks together; `mfu`: percent of
             the peak; `seconds_left`, from the second update of this attempt on.
         """
-        counts = [self._rows, self._real_tokens, self._positions]
-        summed = torch.tensor(counts, dtype=torch.float64, device=ranks.device())
-        rows, real_tokens, positions = ranks.all_reduce_sum(summed).tolist()
-        speed = rows * self._operations_per_row / self._seconds
-        measured = {
-            "tokens_per_second": real_tokens / self._seconds,
-            "padding": 100.0 * (1.0 - real_tokens / positions),
+        speed = self._num_updates * self._operations_per_update / self._seconds
+        metrics = {
+            "tokens_per_second": self._real_tokens / self._seconds,
+            "padding": 100.0 * (1.0 - self._real_tokens / self._positions),
             "tflops_per_second": speed / 1e12,
             "mfu": 100.0 * speed / self._peak.operations_per_second,
         }
-        if self._num_updates and self._first_end is not None:
+        if self._num_later_updates and self._first_end is not None:
             # By the clock, so that validation and checkpoints count; the first update, which may
             # compile and fill caches, does not.
-            per_update = (time.monotonic() - self._first_end) / self._num_updates
-            measured["seconds_left"] = updates_left * per_update
+            per_update = (time.monotonic() - self._first_end) / self._num_later_updates
+            metrics["seconds_left"] = updates_left * per_update
         self._forget()
-        return measured
+        return metrics
 
     def _forget(self) -> None:
-        self._rows = self._real_tokens = self._positions = 0
+        self._num_updates = self._real_tokens = self._positions = 0
         self._seconds = 0.0

@@ -10,25 +10,8 @@ from softprompt_dist.adaptation.peak import Peak, find_peak, listed_peak, measur
 from softprompt_dist.adaptation.throughput import Throughput
 from softprompt_dist.backbone.architecture import architecture_of
 from softprompt_dist.backbone.known_architectures import known_architecture
-from softprompt_dist.data.lm.rows import RowBatch
 from softprompt_dist.planning.work import training_operations
 from tests.models import make_llama, make_t5
-
-
-def row_batch(num_rows, inputs, targets, real_tokens):
-    ids_BS, ids_BT = (
-        torch.ones(num_rows, length, dtype=torch.long) for length in (inputs, targets)
-    )
-    return RowBatch(
-        decoder_input_ids_BT=ids_BT,
-        labels_BT=ids_BT,
-        target_segments_BT=ids_BT,
-        is_packed=False,
-        has_padding=True,
-        num_real_tokens=real_tokens,
-        input_ids_BS=ids_BS,
-        input_segments_BS=ids_BS,
-    )
 
 
 @pytest.mark.parametrize(
@@ -76,19 +59,16 @@ def clock(monkeypatch):
 
 
 def test_the_meter_tells_of_the_interval_since_its_last_reading(clock):
-    meter = Throughput(operations_per_row=5e12, peak=Peak(1e13, "a test"))
-    meter.count(row_batch(8, 64, 64, real_tokens=1000))
-    meter.end_update(seconds=999.0)
+    meter = Throughput(operations_per_update=30e12, peak=Peak(1e13, "a test"))
+    meter.count(1000, 1024, seconds=999.0)
     assert "seconds_left" not in meter.read(updates_left=12)
     for _ in range(2):
-        for _ in range(3):
-            meter.count(row_batch(2, 60, 40, real_tokens=150))
         clock.now += 10.0
-        meter.end_update(seconds=7.5)
+        meter.count(450, 600, seconds=7.5)
     assert meter.read(updates_left=10) == {
-        "tokens_per_second": 6 * 150 / 15,
+        "tokens_per_second": 2 * 450 / 15,
         "padding": 25.0,
-        "tflops_per_second": 12 * 5 / 15,
+        "tflops_per_second": 2 * 30 / 15,
         "mfu": 40.0,
         "seconds_left": 100.0,
     }
