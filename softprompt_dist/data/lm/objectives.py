@@ -83,6 +83,7 @@ def corrupt_spans(token_ids: IdArray, mask: MaskArray, first_sentinel_id: int) -
     """Replace every noise span by a sentinel; the targets say what each sentinel stood for.
 
     Sentinels count down from `first_sentinel_id`. Targets have no final one where noise is last.
+    Tokens and mask may have a leading axis of rows with equally much noise in equally many spans.
     """
     return DenoisingExample(
         _spans_to_sentinels(token_ids, mask, first_sentinel_id),
@@ -111,9 +112,11 @@ def append_eos_after_trim(token_ids: IdArray, max_length: int, eos_id: int) -> I
 
 
 def _spans_to_sentinels(token_ids: IdArray, mask: MaskArray, first_sentinel_id: int) -> IdArray:
-    starts = mask & ~np.concatenate([[False], mask[:-1]])
-    sentinels = first_sentinel_id + 1 - np.cumsum(starts)
-    return np.where(starts, sentinels, token_ids)[starts | ~mask]
+    starts = mask.copy()
+    starts[..., 1:] &= ~mask[..., :-1]
+    sentinels = first_sentinel_id + 1 - np.cumsum(starts, axis=-1)
+    kept = np.where(starts, sentinels, token_ids)[starts | ~mask]
+    return kept.reshape(*token_ids.shape[:-1], -1)
 
 
 def _random_composition(total: int, parts: int, generator: np.random.Generator) -> IdArray:
