@@ -145,7 +145,7 @@ def _check_zero(zero: dict[str, Any]) -> None:
     except ValidationError as error:
         known = [f.alias or n for n, f in DeepSpeedZeroConfig.model_fields.items()]
         problems = [
-            f"\n  - zero_optimization.{_reason(problem)}{_similar(str(problem['loc'][-1]), known)}"
+            f"\n  - zero_optimization.{_reason(problem)}{similar_key(str(problem['loc'][-1]), known)}"
             for problem in error.errors()
         ]
         raise ConfigError("ds_config: DeepSpeed refuses" + "".join(problems)) from error
@@ -196,7 +196,7 @@ def _misplaced(values: dict[str, Any]) -> list[str]:
     problems += [
         f'sets {name} to "auto", which only the Hugging Face Trainer fills in. Remove it: '
         "it is worked out from the model."
-        for name in _automatic(values)
+        for name in automatic_values(values)
         if name not in _BELONGS_TO_RECIPE
     ]
     problems += [
@@ -211,9 +211,9 @@ def _misplaced(values: dict[str, Any]) -> list[str]:
         if values.get("zero_optimization", {}).get(key)
     ]
     problems += [
-        f"sets {key!r}, which is unknown.{_similar(key, _SECTIONS)}"
+        f"sets {key!r}, which is unknown.{similar_key(key, _SECTIONS)}"
         for key in values
-        if _similar(key, _SECTIONS)
+        if similar_key(key, _SECTIONS)
     ]
     if values.get("fp16", {}).get("enabled"):
         problems.append("enables fp16, in which T5 overflows. Use bf16.")
@@ -226,18 +226,20 @@ def _misplaced(values: dict[str, Any]) -> list[str]:
 
 
 def _nearest(key: str) -> str:
-    return f"{_similar(key, _OWN_KEYS)} Known: {', '.join(_OWN_KEYS)}."
+    return f"{similar_key(key, _OWN_KEYS)} Known: {', '.join(_OWN_KEYS)}."
 
 
-def _similar(key: str, known: Sequence[str]) -> str:
+def similar_key(key: str, known: Sequence[str]) -> str:
+    """Words that name the known key nearest to an unknown one; nothing where there is none."""
     close = [] if key in known else difflib.get_close_matches(key, known, n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
-def _automatic(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+def automatic_values(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Names of the settings of a ds_config that are "auto"."""
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from _automatic(value, f"{prefix}{key}.")
+            yield from automatic_values(value, f"{prefix}{key}.")
         elif value == "auto":
             yield prefix + key
 

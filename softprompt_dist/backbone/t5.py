@@ -40,6 +40,7 @@ class Stack(nn.Module):
         self.final_layer_norm = norm(config)
         self.is_decoder = is_decoder
         self.dropout = config.dropout_rate
+        self._num_buckets = config.relative_attention_num_buckets
         self._max_distance = config.relative_attention_max_distance
         # In a dictionary, so that it is no second child of this name.
         bias = blocks[0].get_submodule("layer.0.SelfAttention.relative_attention_bias")
@@ -61,18 +62,19 @@ class Stack(nn.Module):
 
     def position_bias(self, length: int) -> Tensor:
         """bias_1HSS of relative positions, for all layers; a decoder sees nothing that follows."""
-        weight_NH: Tensor = self._shared["bias"].weight
-        positions_S = torch.arange(length, device=weight_NH.device)
+        bias = self._shared["bias"]
+        positions_S = torch.arange(length, device=bias.weight.device)
         distance_SS = positions_S[None, :] - positions_S[:, None]
         buckets_SS = T5Attention._relative_position_bucket(  # noqa: SLF001 - T5's own numbers
             distance_SS,
             bidirectional=not self.is_decoder,
-            num_buckets=len(weight_NH),
+            num_buckets=self._num_buckets,
             max_distance=self._max_distance,
         )
-        bias_1HSS = weight_NH[buckets_SS].permute(2, 0, 1).unsqueeze(0)
+        # By a call, which brings the weight in where it is sharded.
+        bias_1HSS = bias(buckets_SS).permute(2, 0, 1).unsqueeze(0)
         if self.is_decoder:
-            bias_1HSS = bias_1HSS.masked_fill(distance_SS > 0, torch.finfo(weight_NH.dtype).min)
+            bias_1HSS = bias_1HSS.masked_fill(distance_SS > 0, torch.finfo(bias_1HSS.dtype).min)
         return bias_1HSS
 
 
@@ -108,7 +110,7 @@ class T5(nn.Module):
         if mask_B11S is not None:
             lowest = torch.finfo(bias_BHSS.dtype).min
             bias_BHSS = torch.where(mask_B11S, bias_BHSS, lowest)
-        return Encoded(self.encoder(embeds_BSD, _aligned(bias_BHSS)), mask_B11S)
+        return Encoded(self.encoder(embeds_BSD, aligned(bias_BHSS)), mask_B11S)
 
     def decode(self, encoded: Encoded, decoder_embeds_BTD: Tensor, num_answers: int = 1) -> Tensor:
         """logits_BTV of embedded decoder input.
@@ -137,7 +139,7 @@ class T5(nn.Module):
         bias_1HTK: Tensor,
         memory: Sequence[LayerMemory] | None = None,
     ) -> Tensor:
-        shared = (encoded.states_BSD, _aligned(bias_1HTK), encoded.mask_B11S)
+        shared = (encoded.states_BSD, aligned(bias_1HTK), encoded.mask_B11S)
         decoded_BTD = self.decoder(embeds_BTD, *shared, memory=memory)
         if self.scales_output:
             decoded_BTD = decoded_BTD * self.config.d_model**-0.5
@@ -156,7 +158,7 @@ def _side_by_side(bias_1HTT: Tensor, count: int) -> Tensor:
     return bias
 
 
-def _aligned(bias_BHQK: Tensor) -> Tensor:
+def aligned(bias_BHQK: Tensor) -> Tensor:
     """The same numbers, in rows that start at aligned addresses."""
     num_keys = bias_BHQK.shape[-1]
     padding = -num_keys % _MASK_ALIGNMENT

@@ -198,7 +198,7 @@ def _factored_axes(shape: torch.Size) -> tuple[int, int] | None:
 def _update(parameter: Tensor, state: dict[str, Tensor], group: Mapping[str, Any]) -> None:
     gradient = parameter.grad.float()  # type: ignore[union-attr]
     weight = parameter.float()
-    beta2 = _second_moment_decay(group["first_step"] + int(state["step"]), group["decay_rate"])
+    beta2 = second_moment_decay(group["first_step"] + int(state["step"]), group["decay_rate"])
     update = _normalise(gradient, state, beta2, group["epsilon"])
     if group["clipping_threshold"] is not None:
         update /= torch.clamp(_rms(update) / group["clipping_threshold"], min=1.0)
@@ -209,7 +209,8 @@ def _update(parameter: Tensor, state: dict[str, Tensor], group: Mapping[str, Any
     state["step"] += 1
 
 
-def _second_moment_decay(step: int, decay_rate: float) -> float:
+def second_moment_decay(step: int, decay_rate: float) -> float:
+    """Adafactor's decay of its second moments at update number `step` (from 0)."""
     # In float32, exponent included, as the original: at step 1.1e6 1 - beta2 keeps only 8 bits.
     power = np.float32(float(step + 1) ** -float(np.float32(decay_rate)))
     return float(np.float32(1.0) - power)

@@ -1,0 +1,140 @@
+"""What DeepSpeed is told: the recipe's engine section, or a ds_config in its place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from softprompt_dist.adapt_config import AdaptConfig
+from softprompt_dist.backbone.engine import automatic_values, similar_key
+from softprompt_dist.errors import ConfigError
+
+_SECTIONS = ("zero_optimization", "bf16", "fp16", "data_types", "communication_data_type")
+_BELONGS_TO_RECIPE = {
+    "train_batch_size": "batch.global_batch_size",
+    "train_micro_batch_size_per_gpu": "batch.micro_batch_size",
+    "gradient_accumulation_steps": "batch.global_batch_size",
+    "optimizer": "optimizer",
+    "scheduler": "schedule",
+    "gradient_clipping": "max_gradient_norm",
+}
+
+
+def read_ds_config(path: str | Path) -> dict[str, Any]:
+    """The JSON of a ds_config, checked.
+
+    Raises:
+        ConfigError: missing, not a JSON object, asks for fp16, or sets what belongs to the recipe.
+    """
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"Cannot read ds_config {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"ds_config {path} must be a JSON object.")
+    problems = _problems(values)
+    if problems:
+        raise ConfigError(f"ds_config {path}\n" + "\n".join(f"  - {p}" for p in problems))
+    return values
+
+
+def apply_ds_config(config: AdaptConfig, values: dict[str, Any]) -> AdaptConfig:
+    """The recipe with stage, off-loading and dtype as the ds_config has them."""
+    zero = values.get("zero_optimization", {})
+    device = (zero.get("offload_optimizer") or {}).get("device", "none")
+    engine = config.engine.model_dump() | {
+        "zero_stage": zero.get("stage", 0),
+        "offload_optimizer": device,
+    }
+    changes: dict[str, Any] = {"engine": engine}
+    if "bf16" in values:
+        changes["dtype"] = "bf16" if values["bf16"].get("enabled") else "fp32"
+    try:
+        return AdaptConfig.model_validate(config.model_dump() | changes)
+    except ValidationError as error:
+        reasons = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ConfigError(f"ds_config and recipe together: {reasons}.") from error
+
+
+def engine_config(
+    config: AdaptConfig, values: dict[str, Any] | None, world_size: int
+) -> dict[str, Any]:
+    """What `deepspeed.initialize` is given.
+
+    Args:
+        config: the recipe, with the ds_config applied.
+        values: the ds_config as it was read, or None.
+        world_size: number of ranks.
+
+    Raises:
+        ConfigError: DeepSpeed does not know a key or a value of `zero_optimization`.
+    """
+    base, batch, stage = dict(values or {}), config.batch, config.engine.zero_stage
+    # That switch replaces torch's own linear function for the whole process.
+    ours = {"stage": stage, "memory_efficient_linear": False}
+    zero: dict[str, Any] = ours | base.get("zero_optimization", {})
+    if config.engine.offload_optimizer == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True} | (
+            zero.get("offload_optimizer") or {}
+        )
+    _check_zero(zero)
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": batch.micro_batch_size,
+        "gradient_accumulation_steps": batch.global_batch_size
+        // (batch.micro_batch_size * world_size),
+        "zero_optimization": zero,
+        # Ours is whole on every stage; DeepSpeed knows its own few only.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "gradient_clipping": config.max_gradient_norm or 0.0,
+        # At stage 0 weights stay in fp32 and products are made in bf16 by autocast.
+        "bf16": {"enabled": config.dtype == "bf16" and stage > 0},
+    }
+    if settings["bf16"]["enabled"] and stage > 1 and "data_types" not in base:
+        # bf16 has 8 bits: the sum of tens of micro-batches would lose what the later ones add.
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return base | settings
+
+
+def _problems(values: dict[str, Any]) -> list[str]:
+    problems = [
+        f"sets {key!r}, which belongs to the recipe ({home}). Remove it from the JSON."
+        for key, home in _BELONGS_TO_RECIPE.items()
+        if key in values
+    ]
+    problems += [
+        f"sets {name!r} to {values[name]!r}; it must be an object of settings."
+        for name in _SECTIONS[:4]
+        if not isinstance(values.get(name, {}), dict)
+    ]
+    problems += [
+        f'sets {name} to "auto", which only the Hugging Face Trainer fills in. Remove it.'
+        for name in automatic_values(values)
+        if name not in _BELONGS_TO_RECIPE
+    ]
+    problems += [
+        f"sets {key!r}, which is unknown.{similar_key(key, _SECTIONS)}"
+        for key in values
+        if similar_key(key, _SECTIONS)
+    ]
+    if isinstance(values.get("fp16"), dict) and values["fp16"].get("enabled"):
+        problems.append("enables fp16, in which T5 overflows and updates are lost. Use bf16.")
+    return problems
+
+
+def _check_zero(zero: dict[str, Any]) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        known = [f.alias or n for n, f in DeepSpeedZeroConfig.model_fields.items()]
+        problems = "".join(
+            f"\n  - zero_optimization.{'.'.join(map(str, e['loc']))} is {e['input']!r}: "
+            f"{e['msg']}.{similar_key(str(e['loc'][-1]), known)}"
+            for e in error.errors()
+        )
+        raise ConfigError("ds_config: DeepSpeed refuses" + problems) from error
