@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Protocol
 
 import torch
@@ -20,6 +21,11 @@ class MeasuredModel(Protocol):
 
     def first_logits(self, batch: RowBatch) -> Tensor:
         """logits_BV behind the start piece of the first example of each row."""
+
+
+def own_share(batches: Iterable[RowBatch]) -> list[RowBatch]:
+    """This rank's part of batches that are dealt out one by one."""
+    return list(islice(batches, ranks.rank(), None, ranks.world_size()))
 
 
 def measure(

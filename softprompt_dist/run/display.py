@@ -12,6 +12,10 @@ from tqdm import tqdm
 
 TRAIN = "train"
 SECONDS_BETWEEN_LINES = 5.0
+_NUMBER = ".4g"
+
+Formats = Mapping[str, str]
+"""Metrics of a train step that are shown, with the format of each; the others are in the file."""
 
 
 class Display(Protocol):
@@ -43,8 +47,9 @@ class Silence:
 class Lines:
     """Plain lines on stdout with the time left: train steps every few seconds, all else always."""
 
-    def __init__(self, total_steps: int) -> None:
+    def __init__(self, total_steps: int, shown: Formats | None = None) -> None:
         self._total_steps = total_steps
+        self._shown = shown
         self._first: tuple[int, float] | None = None
         self._last_shown_at = -SECONDS_BETWEEN_LINES
 
@@ -52,13 +57,14 @@ class Lines:
         """Print a line; a train step only if the last one was printed some seconds ago."""
         now = monotonic()
         if kind != TRAIN:
-            self.say(self._line(step, kind, metrics))
+            self.say(self._line(step, kind, _format(metrics)))
             return
         self._first = self._first or (step, now)
         is_due = now - self._last_shown_at >= SECONDS_BETWEEN_LINES
         if is_due or step == self._total_steps:
             self._last_shown_at = now
-            self.say(f"{self._line(step, kind, metrics)}  ETA {self._time_left(step, now)}")
+            line = self._line(step, kind, _format(metrics, self._shown))
+            self.say(f"{line}  ETA {self._time_left(step, now)}")
 
     def say(self, text: str) -> None:
         """Print `text` at once, also into a pipe."""
@@ -67,9 +73,9 @@ class Lines:
     def close(self) -> None:
         """Nothing is open."""
 
-    def _line(self, step: int, kind: str, metrics: Mapping[str, float]) -> str:
+    def _line(self, step: int, kind: str, text: str) -> str:
         width = len(str(self._total_steps))
-        return f"step {step:>{width}}/{self._total_steps}  {kind}  {_format(metrics)}"
+        return f"step {step:>{width}}/{self._total_steps}  {kind}  {text}"
 
     def _time_left(self, step: int, now: float) -> str:
         # Counted from the end of the first step: what came before it was not training.
@@ -83,8 +89,9 @@ class Lines:
 class Bar:
     """A progress bar on stderr; words and scores go to stdout, above it."""
 
-    def __init__(self, total_steps: int) -> None:
+    def __init__(self, total_steps: int, shown: Formats | None = None) -> None:
         self._total_steps = total_steps
+        self._shown = shown
         self._bar: Any = None
         self._scores = ""
 
@@ -99,8 +106,8 @@ class Bar:
             self._bar = tqdm(
                 total=self._total_steps, initial=step, unit="step", dynamic_ncols=True, leave=True
             )
-        first_metric = dict(list(metrics.items())[:1])
-        self._bar.set_postfix_str(_format(first_metric) + self._scores, refresh=False)
+        shown = self._shown or dict.fromkeys(list(metrics)[:1], _NUMBER)
+        self._bar.set_postfix_str(_format(metrics, shown) + self._scores, refresh=False)
         self._bar.update(step - self._bar.n)
 
     def say(self, text: str) -> None:
@@ -114,10 +121,15 @@ class Bar:
             self._bar.close()
 
 
-def open_display(total_steps: int) -> Display:
-    """A bar if stderr is a terminal, else lines."""
-    return Bar(total_steps) if sys.stderr.isatty() else Lines(total_steps)
+def open_display(total_steps: int, shown: Formats | None = None) -> Display:
+    """A bar if stderr is a terminal, else lines.
+
+    Without `shown`, lines have all metrics and a bar has the first.
+    """
+    return Bar(total_steps, shown) if sys.stderr.isatty() else Lines(total_steps, shown)
 
 
-def _format(metrics: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+def _format(metrics: Mapping[str, float], shown: Formats | None = None) -> str:
+    formats = dict.fromkeys(metrics, _NUMBER) if shown is None else shown
+    chosen = [name for name in formats if name in metrics]
+    return "  ".join(f"{name} {metrics[name]:{formats[name]}}" for name in chosen)

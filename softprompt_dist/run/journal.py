@@ -10,7 +10,7 @@ from typing import Any
 from softprompt_dist.errors import MachineError
 from softprompt_dist.parallel import ranks
 from softprompt_dist.run.directory import RunDirectory
-from softprompt_dist.run.display import TRAIN, Display, Silence, open_display
+from softprompt_dist.run.display import TRAIN, Display, Formats, Silence, open_display
 from softprompt_dist.run.metrics_file import MetricsFile
 
 log = logging.getLogger(__name__)
@@ -19,18 +19,27 @@ log = logging.getLogger(__name__)
 class Journal:
     """Numbers and words of a run that begins after `start_step` (0: from the beginning).
 
-    All ranks make one; only rank 0's writes and prints. Use it as a context manager.
+    All ranks make one; only rank 0's writes and prints. Use it as a context manager. `shown` picks
+    the metrics of a train step that people see; all are written.
 
     Raises:
         MachineError: on all ranks, when its files cannot be written.
     """
 
-    def __init__(self, directory: RunDirectory, total_steps: int, start_step: int = 0) -> None:
+    def __init__(
+        self,
+        directory: RunDirectory,
+        total_steps: int,
+        start_step: int = 0,
+        shown: Formats | None = None,
+    ) -> None:
         self._file: MetricsFile | None = None
         self._events: Any = None
         self._display: Display = Silence()
         self._has_warned = False
-        ranks.on_main(lambda: self._open(directory, total_steps, start_step))
+        ranks.on_main(lambda: self._open(directory, start_step))
+        if self._file is not None:
+            self._display = open_display(total_steps, shown)
 
     def __enter__(self) -> Journal:
         """Itself."""
@@ -73,7 +82,7 @@ class Journal:
             self._warn(f"the last TensorBoard events are lost: {error}")
         self._file = None
 
-    def _open(self, directory: RunDirectory, total_steps: int, start_step: int) -> None:
+    def _open(self, directory: RunDirectory, start_step: int) -> None:
         # Imported here: it takes seconds, and only rank 0 writes events.
         from torch.utils.tensorboard import SummaryWriter
 
@@ -87,7 +96,6 @@ class Journal:
                 f"The run's metrics cannot be written: {error}. Pass --run-dir with a folder that "
                 "you may write, or free space there."
             ) from error
-        self._display = open_display(total_steps)
 
     def _warn(self, message: str) -> None:
         # A full disk is no reason to stop here, on one rank: the next checkpoint stops all, whole.

@@ -113,6 +113,30 @@ def test_plain_lines_come_every_few_seconds_with_the_time_left(directory, monkey
     assert len(lines) == 1 + 20 + 1 + 1
 
 
+SHOWN = {"loss": ".4g", "tokens_per_second": ",.0f", "mfu": ".1f"}
+LONG = {"loss": 2.0, "learning_rate": 0.001, "mfu": 41.234, "tokens_per_second": 131072.4}
+
+
+def test_lines_of_a_long_step_show_what_was_chosen_and_the_file_has_all(directory, capsys):
+    with Journal(directory, total_steps=9, shown=SHOWN) as journal:
+        journal.log(1, LONG)
+        journal.log(1, {"prefix_lm_nll": 2.5, "sentinel_leak": 96.0}, kind="validation")
+    assert capsys.readouterr().out.splitlines() == [
+        "step 1/9  train  loss 2  tokens_per_second 131,072  mfu 41.2  ETA ?",
+        "step 1/9  validation  prefix_lm_nll 2.5  sentinel_leak 96",
+    ]
+    assert read_metrics(directory.metrics)[0].items() >= LONG.items()
+
+
+def test_a_bar_shows_what_was_chosen_of_a_long_step(directory, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with Journal(directory, total_steps=1, shown=SHOWN) as journal:
+        journal.log(1, {"loss": 2.0, "learning_rate": 0.001, "mfu": 41.234})
+    shown = capsys.readouterr().err
+    assert "loss 2  mfu 41.2" in shown
+    assert "learning_rate" not in shown
+
+
 def test_the_time_left_of_a_resumed_run_counts_only_its_own_steps(directory, monkeypatch, capsys):
     clock = Clock(monkeypatch)
     with Journal(directory, total_steps=100, start_step=80) as journal:
