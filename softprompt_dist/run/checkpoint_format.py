@@ -8,25 +8,36 @@ step-00000020/state.safetensors   tensors of the run, unsharded
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from softprompt_dist.durable import FileDigest, digest_of
 from softprompt_dist.errors import CheckpointError
+from softprompt_dist.run.random_state import joined_random_states
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 FORMAT_VERSION = 1
 TENSORS = "state.safetensors"
+SMALL = "small.safetensors"
+"""Of an adaptation, whose other tensors lie in weight files."""
 RANDOM_STATES = "rng.safetensors"
 STATE = "state.json"
 MANIFEST = "manifest.json"
+
+TUNING = "train"
+ADAPTATION = "adapt"
+"""Kinds of checkpoints, by the verb that saves them."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +49,6 @@ class CheckpointContent:
     state: dict[str, Any]
     world_size: int
     random_states: dict[str, Tensor]
-
-    def random_state_of(self, rank: int) -> dict[str, Tensor]:
-        """Generator states of `rank` at the save, by kind of device."""
-        prefix = f"rank{rank}."
-        states = self.random_states.items()
-        return {key.removeprefix(prefix): t for key, t in states if key.startswith(prefix)}
 
 
 class InvalidCheckpointError(Exception):
@@ -57,32 +62,110 @@ def encode_checkpoint(
     random_states: Sequence[Mapping[str, Tensor]],
 ) -> dict[str, bytes]:
     """Content of every file of the folder by name, the manifest last; one random state a rank."""
-    by_rank = {f"rank{r}.{k}": t for r, s in enumerate(random_states) for k, t in s.items()}
+    files = {TENSORS: tensor_bytes(tensors)} | encode_rest(step, state, random_states)
+    digests = {name: digest_of(content) for name, content in files.items()}
+    return files | {MANIFEST: encode_manifest(step, digests)}
+
+
+def encode_rest(
+    step: int, state: Mapping[str, Any], random_states: Sequence[Mapping[str, Tensor]]
+) -> dict[str, bytes]:
+    """The files of a checkpoint besides its tensors and the manifest."""
     document = {"step": step, "world_size": len(random_states), "state": dict(state)}
-    files = {
-        TENSORS: _to_bytes(tensors),
-        RANDOM_STATES: _to_bytes(by_rank),
+    return {
+        RANDOM_STATES: tensor_bytes(joined_random_states(random_states)),
         STATE: json.dumps(document, indent=1).encode(),
     }
-    return files | {MANIFEST: _manifest(step, files)}
 
 
-def _to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """A safetensors file of small tensors."""
     # Cloned: safetensors refuses tensors that share memory or have gaps.
     dense = torch.contiguous_format
     copies = {k: t.detach().cpu().clone(memory_format=dense) for k, t in tensors.items()}
     return safetensors.torch.save(copies)
 
 
-def _manifest(step: int, files: Mapping[str, bytes]) -> bytes:
-    entries = {
-        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        for name, content in files.items()
-    }
-    document = {"format_version": FORMAT_VERSION, "step": step, "files": entries}
+def encode_manifest(step: int, digests: Mapping[str, FileDigest], kind: str = TUNING) -> bytes:
+    """Which files a checkpoint consists of, and how each is recognised."""
+    files = {name: {"bytes": d.num_bytes, "sha256": d.sha256} for name, d in digests.items()}
+    document = {"format_version": FORMAT_VERSION, "kind": kind, "step": step, "files": files}
     return json.dumps(document, indent=1).encode()
 
 
+def malformed_is_invalid(
+    read: Callable[Concatenate[Path, P], T],
+) -> Callable[Concatenate[Path, P], T]:
+    """Whatever goes wrong when `read` reads in a folder is InvalidCheckpointError, but a denial."""
+
+    @wraps(read)
+    def reading(folder: Path, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return read(folder, *args, **kwargs)
+        except PermissionError:
+            raise
+        except OSError as error:
+            raise InvalidCheckpointError(
+                f"{Path(error.filename or folder).name}: {error.strerror}"
+            ) from error
+        except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            raise InvalidCheckpointError(
+                f"it is malformed ({type(error).__name__}: {error})"
+            ) from error
+
+    return reading
+
+
+@malformed_is_invalid
+def read_manifest(folder: Path, kind: str) -> dict[str, FileDigest]:
+    """The files of a checkpoint, by name, as they must be.
+
+    Raises:
+        InvalidCheckpointError: the manifest is missing or malformed, or of another step.
+        CheckpointError: a later release wrote it, or a run of another kind.
+        PermissionError: it may not be read.
+    """
+    manifest = json.loads((folder / MANIFEST).read_bytes())
+    if manifest["format_version"] > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder} has checkpoint format {manifest['format_version']}; this release reads "
+            f"{FORMAT_VERSION}. Install the release that wrote it, or pass --fresh."
+        )
+    if manifest.get("kind", TUNING) != kind:
+        raise CheckpointError(
+            f"The checkpoint of step {manifest['step']} belongs to another run: saved by "
+            f"softprompt {manifest.get('kind', TUNING)}, now {kind}. Use another --run-dir, or "
+            "--fresh to set the old run aside."
+        )
+    check_step(folder, manifest["step"])
+    files = manifest["files"].items()
+    return {name: FileDigest(int(f["bytes"]), str(f["sha256"])) for name, f in files}
+
+
+def check_step(folder: Path, step: int) -> None:
+    """A checkpoint must not be taken for that of another step: InvalidCheckpointError."""
+    if folder.name != f"step-{step:08d}":
+        raise InvalidCheckpointError(f"it holds step-{step:08d}, which is not its name")
+
+
+def read_verified(path: Path, expected: FileDigest) -> bytes:
+    """A small file's content, once it is found to be what the manifest says."""
+    content = path.read_bytes()
+    check_digest(path, digest_of(content), expected)
+    return content
+
+
+def check_digest(path: Path, found: FileDigest, expected: FileDigest) -> None:
+    """Raise InvalidCheckpointError where a file is not what the manifest says."""
+    if found.num_bytes != expected.num_bytes:
+        raise InvalidCheckpointError(
+            f"{path.name} has {found.num_bytes} bytes, not {expected.num_bytes}"
+        )
+    if found != expected:
+        raise InvalidCheckpointError(f"the sha256 of {path.name} is not that of its manifest")
+
+
+@malformed_is_invalid
 def read_checkpoint(folder: Path) -> CheckpointContent:
     """Read a folder; every byte that is parsed has been compared with the manifest first.
 
@@ -91,42 +174,14 @@ def read_checkpoint(folder: Path) -> CheckpointContent:
         CheckpointError: a later release of this package wrote it.
         PermissionError: it may not be read, which says nothing about what it holds.
     """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        if manifest["format_version"] > FORMAT_VERSION:
-            raise CheckpointError(
-                f"{folder} has checkpoint format {manifest['format_version']}; this release reads "
-                f"{FORMAT_VERSION}. Install the release that wrote it, or pass --fresh."
-            )
-        files = {n: _read_verified(folder / n, manifest) for n in (TENSORS, RANDOM_STATES, STATE)}
-        document = json.loads(files[STATE])
-        steps = {f"step-{s:08d}" for s in (manifest["step"], document["step"])}
-        if steps != {folder.name}:
-            raise InvalidCheckpointError(
-                f"it holds {', '.join(sorted(steps))}, which is not its name"
-            )
-        tensors, by_rank = (
-            safetensors.torch.load(files[name]) for name in (TENSORS, RANDOM_STATES)
-        )
-        world_size, state = document["world_size"], document["state"]
-    except PermissionError:
-        raise
-    except OSError as error:
-        raise InvalidCheckpointError(
-            f"{Path(error.filename or folder).name}: {error.strerror}"
-        ) from error
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise InvalidCheckpointError(
-            f"it is malformed ({type(error).__name__}: {error})"
-        ) from error
-    return CheckpointContent(manifest["step"], tensors, state, world_size, by_rank)
-
-
-def _read_verified(path: Path, manifest: Any) -> bytes:
-    entry = manifest["files"][path.name]
-    content = path.read_bytes()
-    if len(content) != entry["bytes"]:
-        raise InvalidCheckpointError(f"{path.name} has {len(content)} bytes, not {entry['bytes']}")
-    if hashlib.sha256(content).hexdigest() != entry["sha256"]:
-        raise InvalidCheckpointError(f"the sha256 of {path.name} is not that of its manifest")
-    return content
+    expected = read_manifest(folder, TUNING)
+    files = {n: read_verified(folder / n, expected[n]) for n in (TENSORS, RANDOM_STATES, STATE)}
+    document = json.loads(files[STATE])
+    check_step(folder, document["step"])
+    return CheckpointContent(
+        document["step"],
+        safetensors.torch.load(files[TENSORS]),
+        document["state"],
+        document["world_size"],
+        safetensors.torch.load(files[RANDOM_STATES]),
+    )

@@ -1,0 +1,261 @@
+"""Checkpoints of an adaptation: sharded tensors, whole in files, for any number of ranks.
+
+step-00010000/model.safetensors   or shards with an index: weights and what is shaped like them
+              small.safetensors   tensors that every rank holds
+              rng.safetensors     torch's generators, of every rank
+              state.json          step, world size, the rest of the state
+              manifest.json       kind, step, size and sha256 of the others
+
+Rank 0 writes, and every rank reads: all nodes must see the folder. `CheckpointFolder` tells how a
+checkpoint appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import shutil
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from softprompt_dist.adaptation.sharded_files import (
+    WeightFormat,
+    num_bytes_of,
+    read_into,
+    write_tensors,
+)
+from softprompt_dist.adaptation.sharded_tensor import ShardedTensor
+from softprompt_dist.adaptation.verification import (
+    check_all_see,
+    damage_of,
+    inspect_checkpoint,
+    verify,
+)
+from softprompt_dist.durable import FileDigest, digest_of, write_file
+from softprompt_dist.errors import CheckpointError, SoftpromptError
+from softprompt_dist.parallel import ranks
+from softprompt_dist.run.checkpoint_folder import (
+    CheckpointFolder,
+    not_written,
+    other_tensors,
+    set_aside,
+)
+from softprompt_dist.run.checkpoint_format import (
+    ADAPTATION,
+    MANIFEST,
+    RANDOM_STATES,
+    SMALL,
+    STATE,
+    InvalidCheckpointError,
+    encode_manifest,
+    encode_rest,
+    tensor_bytes,
+)
+from softprompt_dist.run.random_state import (
+    random_state,
+    restore_random_state,
+    resumed_random_state,
+)
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_SHARD_BYTES = 4 * 2**30
+"""Several files, so that several ranks can verify them."""
+
+
+@dataclass(frozen=True)
+class FoundCheckpoint:
+    """A verified checkpoint; the same on every rank."""
+
+    folder: Path
+    step: int
+    state: dict[str, Any]
+    world_size: int
+    """Ranks at the save."""
+
+    def read_into(self, tensors: Mapping[str, ShardedTensor]) -> None:
+        """All ranks: fill what was saved under these names; others in the file stay unread.
+
+        Raises:
+            CheckpointError: on all ranks; one is missing or has another shape.
+        """
+        read_into(self.folder, tensors, error=CheckpointError)
+
+    def small(self) -> dict[str, Tensor]:
+        """All ranks: the tensors that were saved beside the sharded ones, on the CPU."""
+        return ranks.together(lambda: self._load(SMALL))
+
+    def restore_rng(self) -> None:
+        """All ranks: set torch's generators to where they were at the save.
+
+        On another number of ranks they are derived from `state["seed"]`, step and rank.
+        """
+        joined = ranks.together(lambda: self._load(RANDOM_STATES))
+        own = resumed_random_state(joined, self.world_size, self.state, self.step)
+        restore_random_state(own)
+
+    def _load(self, name: str) -> dict[str, Tensor]:
+        try:
+            return safetensors.torch.load_file(self.folder / name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"Cannot read {self.folder / name}, which was found valid a moment ago: {error}. "
+                "Is another run removing checkpoints there? If not, resume: it is verified again."
+            ) from error
+
+
+class AdaptationCheckpointStore:
+    """The checkpoints of one run; the last `keep_last` are kept, and those of `keep_steps`."""
+
+    def __init__(
+        self, folder: str | Path, keep_last: int, keep_steps: Collection[int] = ()
+    ) -> None:
+        self._checkpoints = CheckpointFolder(Path(folder), keep_last, keep_steps)
+
+    @property
+    def folder(self) -> Path:
+        """Where they are."""
+        return self._checkpoints.path
+
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, ShardedTensor],
+        small: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+    ) -> None:
+        """Publish a checkpoint of `step`; all ranks, with equal `small` and JSON-able `state`.
+
+        Every rank's torch generators are saved beside them. A step that is published already, with
+        the same tensors, is left as it is.
+
+        Raises:
+            CheckpointError: on all ranks, when it cannot be written; earlier ones are intact.
+        """
+        json.dumps(dict(state))  # a value JSON does not know must stop every rank
+        random_states = ranks.gather_objects(random_state())
+        final = self._checkpoints.of_step(step)
+        rest = {}
+        if ranks.is_main():
+            rest = {SMALL: tensor_bytes(small)} | encode_rest(step, state, random_states)
+        needed = num_bytes_of(tensors) + sum(map(len, rest.values()))
+
+        def refusal(error: OSError) -> CheckpointError:
+            return not_written(final, error, needed)
+
+        temporary = ranks.on_main(_guarded(self._checkpoints.begin, refusal))
+        try:
+            weights = WeightFormat(max_shard_bytes=_SHARD_BYTES)
+            digests = write_tensors(temporary, tensors, weights, error=refusal)
+            finish = partial(self._finish, step, temporary, digests, rest)
+            ranks.on_main(_guarded(finish, refusal))
+        finally:
+            if ranks.is_main():
+                shutil.rmtree(temporary, ignore_errors=True)
+        _warn_if_unseen(final)
+
+    def newest(self) -> FoundCheckpoint | None:
+        """The valid checkpoint of the highest step, or None where none was ever saved; all ranks.
+
+        Damaged ones met on the way are renamed to `corrupt-step-...` with a warning.
+
+        Raises:
+            CheckpointError: on all ranks. Checkpoints are there, but none is valid: never start
+                over unasked. Or a rank cannot see them, or another kind of run saved them.
+        """
+        folder, refusal = self._checkpoints, self._checkpoints.unreadable
+        ranks.on_main(_guarded(folder.remove_leftovers, refusal))
+        while path := ranks.on_main(_guarded(folder.newest, refusal)):
+            inspection = ranks.on_main(_guarded(partial(inspect_checkpoint, path), refusal))
+            damage = inspection.damage or self._damage(path, inspection.expected)
+            if damage is None:
+                state, world_size = inspection.state, inspection.world_size
+                return FoundCheckpoint(path, inspection.step, state, world_size)
+            ranks.on_main(_guarded(partial(set_aside, path, damage), refusal))
+        return None
+
+    def discard_all(self) -> None:
+        """Rename all checkpoints, damaged ones too, so that the run starts at step 0; all ranks.
+
+        Raises:
+            CheckpointError: the folder may not be changed.
+        """
+        ranks.on_main(self._checkpoints.discard_all)
+
+    def _finish(
+        self,
+        step: int,
+        temporary: Path,
+        weights: Mapping[str, FileDigest],
+        rest: Mapping[str, bytes],
+    ) -> None:
+        digests = {**weights, **{name: digest_of(content) for name, content in rest.items()}}
+        final = self._checkpoints.of_step(step)
+        if _is_published(final, digests):
+            return
+        for name, content in rest.items():
+            write_file(temporary / name, content)
+        write_file(temporary / MANIFEST, encode_manifest(step, digests, ADAPTATION))
+        self._checkpoints.publish(temporary, final, verify)
+        self._checkpoints.remove_older(step)
+
+    def _damage(self, path: Path, expected: Mapping[str, FileDigest]) -> str | None:
+        """All ranks: what is wrong with the files, which are dealt to the ranks to be read."""
+        check_all_see(path, expected)
+        own = sorted(expected)[ranks.rank() :: ranks.world_size()]
+        share = {name: expected[name] for name in own}
+        refusal = self._checkpoints.unreadable
+        damage = ranks.together(_guarded(partial(damage_of, path, share), refusal))
+        return next(filter(None, ranks.gather_objects(damage)), None)
+
+
+def _guarded(
+    work: Callable[[], T], refusal: Callable[[OSError], SoftpromptError]
+) -> Callable[[], T]:
+    """`work`, with the user's error in place of the system's."""
+
+    def guarded() -> T:
+        try:
+            return work()
+        except OSError as error:
+            raise refusal(error) from error
+
+    return guarded
+
+
+def _is_published(final: Path, digests: Mapping[str, FileDigest]) -> bool:
+    if not final.exists():
+        return False
+    try:
+        published = verify(final)
+    except InvalidCheckpointError as reason:
+        set_aside(final, str(reason))
+        return False
+    tensors = published.keys() - {RANDOM_STATES, STATE}
+    if any(digests.get(name) != published[name] for name in tensors):
+        raise other_tensors(final)
+    log.info("%s is published already.", final)
+    return True
+
+
+def _warn_if_unseen(final: Path) -> None:
+    """All ranks: now, and not when the run is resumed days later."""
+    blind = [n for n in ranks.gather_objects("" if os.path.isdir(final) else platform.node()) if n]
+    if blind and ranks.is_main():
+        log.warning(
+            "%s was saved, but %s cannot see it (yet). A resume needs every node to: put "
+            "--run-dir on a shared file system.",
+            final,
+            ", ".join(sorted(set(blind))),
+        )
