@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from softprompt_dist.durable import replace_file
-from softprompt_dist.run.metrics_file import read_metrics
+from softprompt_dist.run.metrics_file import points, read_metrics
 
 _BLUE, _LIGHT_BLUE, _ORANGE = "#1f5fa8", "#a9c6e8", "#d1600a"
 _GREYS = ("#333333", "#777777", "#aaaaaa")
@@ -39,13 +39,11 @@ def plot_learning_curve(
     lines = read_metrics(metrics_path)
     figure = Figure(figsize=(9, 6), dpi=130, layout="constrained")
     loss_axes, score_axes = figure.subplots(2, 1, sharex=True)
-    _draw_loss(loss_axes, _points(lines, "train", "loss"))
-    _draw_score(score_axes, _points(lines, "validation", score), floors, score)
+    _draw_loss(loss_axes, points(lines, "train", "loss"))
+    _draw_score(score_axes, points(lines, "validation", score), floors, score)
     score_axes.set_xlabel("step (updates of the prompt)")
     for axes in (loss_axes, score_axes):
-        axes.grid(color="#e6e6e6", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        dress(axes)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     figure.align_ylabels()
@@ -63,11 +61,11 @@ def running_mean(values: Sequence[float], width: int) -> list[float]:
     return means
 
 
-def _points(
-    lines: Sequence[Mapping[str, Any]], kind: str, name: str
-) -> tuple[list[int], list[float]]:
-    chosen = [line for line in lines if line["kind"] == kind and name in line]
-    return [line["step"] for line in chosen], [line[name] for line in chosen]
+def dress(axes: Any) -> None:
+    """Give the axes of a picture the looks of all our pictures."""
+    axes.grid(color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _draw_loss(axes: Any, points: tuple[list[int], list[float]]) -> None:

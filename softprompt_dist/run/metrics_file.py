@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,14 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     path = Path(path)
     texts = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     return [line for line in map(_parse, texts) if line is not None]
+
+
+def points(
+    lines: Sequence[Mapping[str, Any]], kind: str, name: str
+) -> tuple[list[int], list[float]]:
+    """Steps and values of one metric, from the lines of `read_metrics` that have it."""
+    chosen = [line for line in lines if line["kind"] == kind and name in line]
+    return [line["step"] for line in chosen], [line[name] for line in chosen]
 
 
 def _parse(text: str) -> dict[str, Any] | None:
