@@ -1,22 +1,44 @@
-"""`softprompt plan`: how to hold a backbone on given GPUs, before anything is loaded or rented.
+"""`softprompt plan`: what a run needs of given GPUs, before anything is loaded or rented.
 
 softprompt plan --model google/t5-xxl-lm-adapt --gpus 8 --gpu-memory 40 --micro-batch 4
+softprompt plan --stage adapt --model google/t5-v1_1-xxl --gpus 8 --gpu-memory 80
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from softprompt_dist.backbone.cell import Cluster, Workload
 from softprompt_dist.durable import replace_file
 from softprompt_dist.errors import ConfigError, MachineError
 from softprompt_dist.parallel.verb import VerbParser, run_verb
+from softprompt_dist.planning.adaptation import (
+    DEFAULT_MFU,
+    DEFAULT_STEPS,
+    DEFAULT_TOKENS,
+    PRESETS,
+    AdaptationQuestion,
+    adaptation_plans,
+    check_micro_batch,
+    choose_adaptation,
+    row_lengths,
+    rows_of,
+    usual_micro_batch,
+    without_offloading,
+)
+from softprompt_dist.planning.adaptation_report import (
+    adaptation_ds_config_text,
+    adaptation_refusal,
+    report_adaptation,
+)
 from softprompt_dist.planning.choose import Question, all_plans, choose
-from softprompt_dist.planning.machine import DEFAULT_GPU, GPUS, Machine, gpu_named
+from softprompt_dist.planning.machine import DEFAULT_GPU, GPUS, Gpu, Machine, gpu_named
 from softprompt_dist.planning.models import find_architecture
+from softprompt_dist.planning.options import add_number, amount, share, whole
 from softprompt_dist.planning.report import (
     advice,
     describe_question,
@@ -26,10 +48,26 @@ from softprompt_dist.planning.report import (
     table,
 )
 
+_TUNE, _ADAPT = "tune", "adapt"
+_ONLY = {
+    _TUNE: (
+        "prompt_length", "quantized_layers", "nvme_path", "gpu_memory_gb_per_second",
+        "link_gb_per_second", "host_gb_per_second", "network_gb_per_second", "disk_gb_per_second",
+    ),
+    _ADAPT: ("preset", "tokens_per_batch", "steps", "mfu", "optimizer"),
+}  # fmt: skip
+"""Stage -> the options that mean something for it alone; None where they are not given."""
+
 
 def build_parser() -> VerbParser:
     """Options of `softprompt plan`."""
-    parser = VerbParser("plan", "Memory, traffic and time of every way to hold a backbone.")
+    parser = VerbParser("plan", "Memory and time of every way to run, and the one to take.")
+    parser.add_argument(
+        "--stage",
+        choices=(_TUNE, _ADAPT),
+        default=_TUNE,
+        help="tune: a prompt before a frozen backbone (default); adapt: all weights, on plain text",
+    )
     parser.add_argument(
         "--model",
         metavar="NAME|PATH",
@@ -38,26 +76,17 @@ def build_parser() -> VerbParser:
     )
     parser.add_argument("--revision", metavar="REV", help="of a hub name")
     parser.add_argument("--write", metavar="JSON", help="write the chosen ds_config there")
-    _add_workload_options(parser)
-    _add_machine_options(parser)
-    return parser
-
-
-def _add_workload_options(parser: VerbParser) -> None:
-    defaults = Workload()
-    for name, default, purpose in (
-        ("micro-batch", defaults.micro_batch, "rows on a GPU at a time"),
-        ("prompt-length", defaults.prompt_length, "trained vectors before the input"),
-        ("input-length", defaults.input_length, "tokens of the longest input"),
-        ("target-length", defaults.target_length, "tokens of the longest target"),
+    work = Workload()
+    for name, purpose in (
+        ("micro-batch", f"rows on a GPU at a time (tune: {work.micro_batch}; adapt: up to 16)"),
+        ("input-length", f"tokens of the longest input, or a row (tune: {work.input_length})"),
+        ("target-length", f"tokens of the longest target, or a row (tune: {work.target_length})"),
     ):
-        _add_number(parser, name, _whole, f"{purpose} (default: {default})", default)
-    parser.add_argument(
-        "--quantized-layers",
-        choices=["blocks", "blocks_without_wo"],
-        default="blocks",
-        help="which matrices int8 and nf4 quantize, as in the recipe (default: blocks)",
-    )
+        add_number(parser, name, whole, purpose)
+    _add_machine_options(parser)
+    _add_tune_options(parser)
+    _add_adapt_options(parser)
+    return parser
 
 
 def _add_machine_options(parser: VerbParser) -> None:
@@ -67,32 +96,57 @@ def _add_machine_options(parser: VerbParser) -> None:
         default=DEFAULT_GPU,
         help=f"memory and speeds of {', '.join(GPUS)} (default: {DEFAULT_GPU})",
     )
-    machine = Machine(gpu_named(DEFAULT_GPU), Cluster())
-    _add_number(parser, "gpus", _whole, "GPUs of each node (default: 1)", 1)
-    _add_number(parser, "nodes", _whole, "number of nodes (default: 1)", 1)
+    add_number(parser, "gpus", whole, "GPUs of each node (default: 1)", 1)
+    add_number(parser, "nodes", whole, "number of nodes (default: 1)", 1)
     for name, purpose in (
         ("gpu-memory", "GB (10^9 bytes) of a GPU, instead of --gpu's"),
         ("gpu-tflops", "peak of its dense bf16 products (fp32 where it has no bf16)"),
-        ("gpu-memory-gb-per-second", "speed of its memory"),
-        ("link-gb-per-second", "what a GPU receives from the others of its node"),
-        ("host-gb-per-second", "from the node's memory to a GPU"),
         ("host-memory", "GB of a node; not checked where left out"),
     ):
-        _add_number(parser, name, _amount, purpose, None)
-    network, disk = machine.network_gb_per_second, machine.disk_gb_per_second
-    purpose = f"what a GPU receives from other nodes (default: {network:g})"
-    _add_number(parser, "network-gb-per-second", _amount, purpose, network)
-    purpose = f"what a node reads (default: {disk:g})"
-    _add_number(parser, "disk-gb-per-second", _amount, purpose, disk)
-    parser.add_argument(
+        add_number(parser, name, amount, purpose)
+
+
+def _add_tune_options(parser: VerbParser) -> None:
+    group = parser.add_argument_group("--stage tune")
+    machine = Machine(gpu_named(DEFAULT_GPU), Cluster())
+    purpose = f"trained vectors before the input (default: {Workload().prompt_length})"
+    add_number(group, "prompt-length", whole, purpose)
+    group.add_argument(
+        "--quantized-layers",
+        choices=["blocks", "blocks_without_wo"],
+        help="which matrices int8 and nf4 quantize, as in the recipe (default: blocks)",
+    )
+    group.add_argument(
         "--nvme-path", metavar="FOLDER", help="plan with off-loading to this disk, too"
     )
+    network, disk = machine.network_gb_per_second, machine.disk_gb_per_second
+    for name, purpose in (
+        ("gpu-memory-gb-per-second", "speed of a GPU's memory"),
+        ("link-gb-per-second", "what a GPU receives from the others of its node"),
+        ("host-gb-per-second", "from the node's memory to a GPU"),
+        ("network-gb-per-second", f"what a GPU receives from other nodes (default: {network:g})"),
+        ("disk-gb-per-second", f"what a node reads (default: {disk:g})"),
+    ):
+        add_number(group, name, amount, purpose)
 
 
-def _add_number(
-    parser: VerbParser, name: str, kind: Callable[[str], float], purpose: str, default: float | None
-) -> None:
-    parser.add_argument(f"--{name}", metavar="N", type=kind, default=default, help=purpose)
+def _add_adapt_options(parser: VerbParser) -> None:
+    group = parser.add_argument_group("--stage adapt")
+    group.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        help="recipe whose rows are planned (default: paper-512-512, without other lengths)",
+    )
+    purpose = f"positions of the longer side of all rows (default: 2^20 = {DEFAULT_TOKENS})"
+    add_number(group, "tokens-per-batch", whole, purpose)
+    add_number(group, "steps", whole, f"updates in all (default: {DEFAULT_STEPS})")
+    purpose = f"share of the peak that is reached (default: {DEFAULT_MFU})"
+    add_number(group, "mfu", share, purpose)
+    group.add_argument(
+        "--optimizer",
+        choices=("adafactor", "adamw", "rms_scaled_adamw"),
+        help="as in the recipe (default: adafactor)",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -100,11 +154,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Raises:
         BackboneError: an unknown model.
-        ConfigError: an unknown GPU, or no place to write.
+        ConfigError: an unknown GPU, an option of the other stage, or no place to write.
         MachineError: nothing fits.
     """
     options = build_parser().parse_args(argv)
+    _refuse_options_of_the_other_stage(options)
     target = None if options.write is None else _writable(Path(options.write))
+    text = (_plan_tuning if options.stage == _TUNE else _plan_adaptation)(options)
+    if target is not None:
+        replace_file(target, text.encode())
+        print(f"\nWritten: {target}")
+
+
+def _plan_tuning(options: argparse.Namespace) -> str:
+    """Print what was asked and found; returns the chosen ds_config."""
     question = _question(options)
     plans = all_plans(question)
     chosen = choose(plans)
@@ -115,9 +178,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("\n".join(lines), flush=True)
     if chosen is None:
         raise MachineError(refusal(plans, question))
-    if target is not None:
-        replace_file(target, ds_config_text(chosen.cell, options.nvme_path).encode())
-        print(f"\nWritten: {target}")
+    return ds_config_text(chosen.cell, options.nvme_path)
+
+
+def _plan_adaptation(options: argparse.Namespace) -> str:
+    """Print what was asked and found; returns the chosen ds_config."""
+    question, preset = _adaptation_question(options)
+    plans = adaptation_plans(question)
+    chosen = choose_adaptation(plans)
+    lines = report_adaptation(question, plans, chosen, preset, options.write)
+    print("\n".join(lines), flush=True)
+    if chosen is None:
+        raise MachineError(adaptation_refusal(plans, question))
+    return adaptation_ds_config_text(chosen, question)
+
+
+def _refuse_options_of_the_other_stage(options: argparse.Namespace) -> None:
+    other = _ADAPT if options.stage == _TUNE else _TUNE
+    for name in _ONLY[other]:
+        value = getattr(options, name)
+        if value is not None:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} {value} says nothing about --stage {options.stage}. "
+                f"Leave it out, or plan with --stage {other}."
+            )
 
 
 def _writable(path: Path) -> Path:
@@ -129,7 +213,7 @@ def _writable(path: Path) -> Path:
     return path
 
 
-def _question(options: argparse.Namespace) -> Question:
+def _gpu(options: argparse.Namespace) -> Gpu:
     gpu = gpu_named(options.gpu)
     speeds = {
         "bf16_tflops" if gpu.bf16_tflops else "fp32_tflops": options.gpu_tflops,
@@ -138,42 +222,57 @@ def _question(options: argparse.Namespace) -> Question:
         "link_gb_per_second": options.link_gb_per_second,
         "host_gb_per_second": options.host_gb_per_second,
     }
-    gpu = replace(gpu, **{name: value for name, value in speeds.items() if value is not None})
+    return replace(gpu, **_given(speeds))
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _question(options: argparse.Namespace) -> Question:
+    gpu = _gpu(options)
+    lengths = ("micro_batch", "prompt_length", "input_length", "target_length")
+    speeds = ("network_gb_per_second", "disk_gb_per_second")
     return Question(
         architecture=find_architecture(options.model, options.revision),
-        workload=Workload(
-            micro_batch=options.micro_batch,
-            prompt_length=options.prompt_length,
-            input_length=options.input_length,
-            target_length=options.target_length,
-        ),
+        workload=Workload(**_given({name: getattr(options, name) for name in lengths})),
         machine=Machine(
             gpu=gpu,
             cluster=Cluster(gpus_per_node=options.gpus, nodes=options.nodes),
-            network_gb_per_second=options.network_gb_per_second,
-            disk_gb_per_second=options.disk_gb_per_second,
             host_memory_gb=options.host_memory,
+            **_given({name: getattr(options, name) for name in speeds}),
         ),
         device_bytes=gpu.memory_gb * 1e9,
-        quantized_layers=options.quantized_layers,
+        quantized_layers=options.quantized_layers or "blocks",
         has_nvme=options.nvme_path is not None,
     )
 
 
-def _whole(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
-    return int(text)
-
-
-def _amount(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0")
-    return value
+def _adaptation_question(options: argparse.Namespace) -> tuple[AdaptationQuestion, str | None]:
+    """What is asked, and the recipe with these rows where there is one."""
+    architecture = find_architecture(options.model, options.revision)
+    input_length, target_length, preset = row_lengths(
+        architecture, options.preset, options.input_length, options.target_length
+    )
+    tokens = options.tokens_per_batch or DEFAULT_TOKENS
+    cluster = Cluster(gpus_per_node=options.gpus, nodes=options.nodes)
+    rows = rows_of(tokens, input_length, target_length)
+    micro_batch = options.micro_batch or usual_micro_batch(rows, cluster.num_gpus)
+    check_micro_batch(rows, cluster.num_gpus, micro_batch)
+    question = AdaptationQuestion(
+        architecture=architecture,
+        gpu=_gpu(options),
+        cluster=cluster,
+        input_length=input_length,
+        target_length=target_length,
+        micro_batch=micro_batch,
+        tokens_per_batch=tokens,
+        steps=options.steps or DEFAULT_STEPS,
+        mfu=options.mfu or DEFAULT_MFU,
+        optimizer=options.optimizer or "adafactor",
+        host_memory_gb=options.host_memory,
+    )
+    return (question if options.micro_batch else without_offloading(question)), preset
 
 
 if __name__ == "__main__":
