@@ -59,17 +59,17 @@ class GlobalOrder:
             raise ValueError(f"Positions must not be negative, got first {first}, count {count}.")
         epochs_E, offsets_E = np.divmod(np.arange(first, first + count), self._num_examples)
         keys_E = _mixed(self._key + epochs_E.astype(np.uint64) * GOLDEN_GAMMA)
-        values_E = self._permuted(offsets_E.astype(np.uint64), keys_E)
+        rounds_R1 = np.arange(NUM_ROUNDS, dtype=np.uint64)[:, None]
+        keys_RE = _mixed(keys_E + rounds_R1 * GOLDEN_GAMMA)
+        values_E = self._permuted(offsets_E.astype(np.uint64), keys_RE)
         while len(outside := np.flatnonzero(values_E >= np.uint64(self._num_examples))):
-            values_E[outside] = self._permuted(values_E[outside], keys_E[outside])
+            values_E[outside] = self._permuted(values_E[outside], keys_RE[:, outside])
         return values_E.astype(np.int64)
 
-    def _permuted(self, values_E: WordArray, keys_E: WordArray) -> WordArray:
+    def _permuted(self, values_E: WordArray, keys_RE: WordArray) -> WordArray:
         left_E, right_E = values_E >> self._half_bits, values_E & self._half_mask
-        for number in range(NUM_ROUNDS):
-            round_keys_E = keys_E + np.array([number], dtype=np.uint64) * GOLDEN_GAMMA
-            noise_E = _mixed(right_E ^ _mixed(round_keys_E)) & self._half_mask
-            left_E, right_E = right_E, left_E ^ noise_E
+        for keys_E in keys_RE:
+            left_E, right_E = right_E, left_E ^ (_mixed(right_E ^ keys_E) & self._half_mask)
         return (left_E << self._half_bits) | right_E
 
 
@@ -83,8 +83,8 @@ class AsTheyCome:
         return np.arange(first, first + count, dtype=np.int64)
 
 
-def _mixed(words_E: WordArray) -> WordArray:
+def _mixed(words: WordArray) -> WordArray:
     """Each word's bits depend on all bits of the input: the finaliser of SplitMix64."""
-    words_E = (words_E ^ (words_E >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words_E = (words_E ^ (words_E >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words_E ^ (words_E >> np.uint64(31))
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))

@@ -56,7 +56,9 @@ class PrefixLM:
         parts: list[Stretches] = []
         taken = fitted = 0
         while not parts or fitted == len(parts[-1].starts):
-            stretches, sides = self._examples(order, first + taken, num_rows)
+            # As many again each time; what is read too much goes into the next batch.
+            count = max(num_rows, taken)
+            stretches, sides = self._examples(order, first + taken, count)
             fitted = packer.add(*sides)
             parts.append(stretches)
             taken += fitted

@@ -16,6 +16,8 @@ from softprompt_dist.data.lm.special_ids import SpecialIds
 from softprompt_dist.data.lm.token_source import IdArray, TokenSource
 from softprompt_dist.errors import ConfigError, DataError
 
+LONGEST_TO_PROPOSE = 1024
+
 
 class SpanCorruption:
     """Rows of exactly as many positions as the corrupted text needs: no padding."""
@@ -103,18 +105,16 @@ def span_lengths(config: AdaptConfig) -> SpanLengths:
         ConfigError: see `SpanCorruption`.
     """
     density, mean = config.noise_density, config.mean_noise_span_length
-    lengths = random_spans_helper(config.inputs_length, density, mean)
-    # Where a mask needs more or less than these, its two sides would not have these lengths.
-    num_noise = round(lengths.num_tokens * density)
-    num_spans = round(num_noise / mean)
-    if (num_noise, num_spans) != span_counts(lengths.num_tokens, density, mean)[1:]:
+    if not _holds_whole_spans(config.inputs_length, density, mean):
+        longer = range(config.inputs_length + 1, LONGEST_TO_PROPOSE)
+        enough = next((n for n in longer if _holds_whole_spans(n, density, mean)), None)
+        remedy = f"Set inputs_length to {enough}, or choose" if enough else "Choose"
         raise ConfigError(
-            f"inputs_length {config.inputs_length} with noise_density {density} and "
+            f"inputs_length {config.inputs_length} at noise_density {density} and "
             f"mean_noise_span_length {mean} cannot hold one whole span of noise between kept "
-            f"tokens (noise {num_noise} of {lengths.num_tokens} tokens, {num_spans} spans). Raise "
-            "inputs_length, or choose noise_density and mean_noise_span_length nearer to 0.15 "
-            "and 3."
+            f"tokens. {remedy} noise_density and mean_noise_span_length nearer to 0.15 and 3."
         )
+    lengths = random_spans_helper(config.inputs_length, density, mean)
     if lengths.num_targets > config.targets_length:
         raise ConfigError(
             f"inputs_length {config.inputs_length} at noise_density {density} makes targets of "
@@ -122,3 +122,11 @@ def span_lengths(config: AdaptConfig) -> SpanLengths:
             f"targets_length to {lengths.num_targets}, or lower inputs_length."
         )
     return lengths
+
+
+def _holds_whole_spans(inputs_length: int, noise_density: float, mean_length: float) -> bool:
+    """Whether masks have as much noise, in as many spans, as the lengths were worked out for."""
+    num_tokens = random_spans_helper(inputs_length, noise_density, mean_length).num_tokens
+    num_noise = round(num_tokens * noise_density)
+    num_spans = round(num_noise / mean_length)
+    return (num_noise, num_spans) == span_counts(num_tokens, noise_density, mean_length)[1:]

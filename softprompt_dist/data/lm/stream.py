@@ -106,7 +106,7 @@ class BatchStream:
                 plan = self._data.plan(examples_consumed, self._batch.global_batch_size)
                 self._ready.put(self._step(plan))
                 examples_consumed = plan.examples_consumed
-        except BaseException as error:  # noqa: BLE001 - raised where the step is asked for
+        except BaseException as error:  # raised where the step is asked for
             self._ready.put(error)
 
     def _step(self, plan: BatchPlan) -> StepBatches:
