@@ -59,7 +59,8 @@ def kept_bytes(
     crossed_layer = _decoder_layer_bytes(architecture, work, numbers)
     if checkpointing:
         layer, crossed_layer = positions * stream, targets * stream
-    ends = (positions + targets) * (stream + architecture.d_model * numbers.product)
+    final_norm = _norm_bytes(architecture, numbers) + architecture.d_model * numbers.product
+    ends = (positions + targets) * final_norm
     return (
         architecture.num_layers * layer
         + architecture.num_decoder_layers * crossed_layer
@@ -104,16 +105,21 @@ def _decoder_layer_bytes(architecture: Architecture, work: Workload, numbers: Nu
 def _kept_by_position(architecture: Architecture, numbers: Numbers) -> int:
     """By self-attention and feed-forward part of a layer, without scores."""
     inputs = 2 if architecture.gated else 1
-    norms = 2 * architecture.d_model * numbers.stream
     hidden = (inputs + 1) * architecture.d_ff
-    if architecture.family == "causal":  # transformers' own norms and activations are not fused
-        norms += 2 * architecture.d_model * _FP32
+    if architecture.family == "causal":  # transformers' own activation is not fused
         hidden += architecture.d_ff
     # Queries, keys and values have one input, which autocast casts for each of them.
     copies = 3 + inputs if numbers.casts else 2
     attention = 2 * (architecture.attention_width + architecture.key_value_width)
     products = copies * architecture.d_model + attention + hidden
-    return norms + products * numbers.product + (architecture.num_heads + 2) * _FP32
+    kept = 2 * _norm_bytes(architecture, numbers) + products * numbers.product
+    return kept + (architecture.num_heads + 2) * _FP32
+
+
+def _norm_bytes(architecture: Architecture, numbers: Numbers) -> int:
+    """Kept per position by a norm; transformers' own, of decoder-only models, is not fused."""
+    unfused = _FP32 if architecture.family == "causal" else 0
+    return architecture.d_model * (numbers.stream + unfused)
 
 
 def _backward_scratch(architecture: Architecture, numbers: Numbers) -> int:
