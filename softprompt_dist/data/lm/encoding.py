@@ -1,0 +1,225 @@
+"""Texts to token ids, exactly those of the tokenizer without special tokens, in flat arrays.
+
+A tokenizer that cuts at white space before anything else, as T5's does, gives a word the same ids
+wherever it stands. Words repeat, so each is encoded once and then looked up: twice as fast.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+WORDS_KEPT = 1 << 19
+"""Then all are forgotten; about 80 MB."""
+
+
+class EncodedTexts(NamedTuple):
+    """The ids of several texts end to end."""
+
+    token_ids: npt.NDArray[Any]
+    lengths: npt.NDArray[np.int64]
+    """Ids of each text."""
+
+
+Encoder = Callable[[Sequence[str]], EncodedTexts]
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """What a worker process needs to encode as the tokenizer does; picklable."""
+
+    dtype: str
+    """numpy's name of the smallest unsigned type that holds all ids, little-endian."""
+    vocabulary_size: int
+    """Largest id plus one."""
+    backend: str | None
+    """The fast tokenizer as JSON."""
+    splits_special_tokens: bool
+    """Whether `</s>` in a text is text."""
+    tokenizer: Any = None
+    """The tokenizer itself where it has no fast backend (ByT5)."""
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> EncoderSpec:
+        """The spec of a tokenizer."""
+        size = max(tokenizer.get_vocab().values()) + 1
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        return cls(
+            dtype="<u2" if size <= 1 << 16 else "<u4",
+            vocabulary_size=size,
+            backend=None if backend is None else _settled(backend.to_str()),
+            splits_special_tokens=bool(getattr(tokenizer, "split_special_tokens", False)),
+            tokenizer=tokenizer if backend is None else None,
+        )
+
+    @property
+    def digest(self) -> str:
+        """Hex sha256 of all that the ids of a text depend on, as far as it is known."""
+        state = [self.backend, self.splits_special_tokens, type(self.tokenizer).__name__]
+        return hashlib.sha256(json.dumps(state).encode()).hexdigest()
+
+    def encoder(self) -> Encoder:
+        """A function that encodes; it remembers words and is not to be shared by threads."""
+        if self.backend is None:
+            return _PythonEncoder(self)
+        return _WordEncoder(self) if words_are_independent(self.backend) else _BackendEncoder(self)
+
+    def load_backend(self) -> Tokenizer:
+        """The fast tokenizer, which cuts and pads nothing."""
+        from tokenizers import Tokenizer
+
+        assert self.backend is not None
+        backend = Tokenizer.from_str(self.backend)
+        backend.encode_special_tokens = self.splits_special_tokens
+        return backend
+
+
+def words_are_independent(backend: str) -> bool:
+    """Whether the ids of a text are those of its words, cut at spaces, one after another."""
+    state = json.loads(backend)
+    first, *others = _flat(state["pre_tokenizer"], "pretokenizers") or [{"type": None}]
+    return (
+        state["model"]["type"] == "Unigram"
+        and not state["model"].get("dropout")
+        and all(step["type"] == "Precompiled" for step in _flat(state["normalizer"], "normalizers"))
+        and first["type"] == "WhitespaceSplit"
+        and all(_marks_every_word(step) for step in others)
+        and not any(" " in token["content"] for token in state["added_tokens"])
+    )
+
+
+def _flat(step: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+    if step is None:
+        return []
+    return step[key] if step["type"] == "Sequence" else [step]
+
+
+def _marks_every_word(step: dict[str, Any]) -> bool:
+    return step["type"] == "Metaspace" and step.get("prepend_scheme") == "always"
+
+
+def _settled(backend: str) -> str:
+    """Without what calls of the tokenizer change."""
+    return json.dumps(json.loads(backend) | {"truncation": None, "padding": None})
+
+
+class _PythonEncoder:
+    def __init__(self, spec: EncoderSpec) -> None:
+        self._spec = spec
+
+    def __call__(self, texts: Sequence[str]) -> EncodedTexts:
+        if not texts:
+            return _joined([], self._spec.dtype)
+        encoded = self._spec.tokenizer(list(texts), add_special_tokens=False, verbose=False)
+        return _joined(encoded["input_ids"], self._spec.dtype)
+
+
+class _BackendEncoder:
+    def __init__(self, spec: EncoderSpec) -> None:
+        self._backend, self._dtype = spec.load_backend(), spec.dtype
+
+    def __call__(self, texts: Sequence[str]) -> EncodedTexts:
+        encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return _joined([one.ids for one in encoded], self._dtype)
+
+
+class _WordEncoder:
+    """Looks words up; unknown ones, and texts with words that lean on a space, go the usual way."""
+
+    def __init__(self, spec: EncoderSpec) -> None:
+        self._encode, self._dtype = _BackendEncoder(spec), spec.dtype
+        self._forget()
+
+    def _forget(self) -> None:
+        self._number_of = _Numbering({"": 0})
+        self._ids = np.empty(0, dtype=self._dtype)
+        self._starts = self._lengths = np.zeros(1, dtype=np.int64)
+
+    def __call__(self, texts: Sequence[str]) -> EncodedTexts:
+        if not texts:
+            return _joined([], self._dtype)
+        if len(self._number_of) > WORDS_KEPT:
+            self._forget()
+        num_words = np.fromiter((text.count(" ") + 1 for text in texts), np.int64, len(texts))
+        words = " ".join(texts).split(" ")
+        num_known = len(self._number_of)
+        numbers = np.fromiter(map(self._number_of.__getitem__, words), np.int64, len(words))
+        self._learn(list(islice(self._number_of, num_known, None)))
+        lengths = self._lengths[numbers]
+        if (lengths < 0).any():
+            leaning = np.add.reduceat(lengths < 0, np.cumsum(num_words) - num_words) > 0
+            return self._encode_apart(texts, leaning)
+        ends = np.cumsum(lengths)
+        within = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
+        token_ids = self._ids[np.repeat(self._starts[numbers], lengths) + within]
+        return EncodedTexts(token_ids, np.diff(ends[np.cumsum(num_words) - 1], prepend=0))
+
+    def _learn(self, words: Sequence[str]) -> None:
+        if not words:
+            return
+        token_ids, lengths = self._encode(words)
+        starts = len(self._ids) + np.cumsum(lengths) - lengths
+        leans = np.fromiter(map(_leans_on_a_space, words), np.bool_, len(words))
+        self._ids = np.concatenate([self._ids, token_ids])
+        self._starts = np.concatenate([self._starts, starts])
+        self._lengths = np.concatenate([self._lengths, np.where(leans, -1, lengths)])
+
+    def _encode_apart(self, texts: Sequence[str], leaning: npt.NDArray[np.bool_]) -> EncodedTexts:
+        parts: list[EncodedTexts] = [
+            self._encode([text]) if leans else self([text])
+            for text, leans in zip(texts, leaning.tolist(), strict=True)
+        ]
+        return EncodedTexts(
+            np.concatenate([part.token_ids for part in parts]),
+            np.concatenate([part.lengths for part in parts]),
+        )
+
+
+class _Numbering(dict[str, int]):
+    """Numbers words in the order in which they are first asked for."""
+
+    def __missing__(self, word: str) -> int:
+        number = self[word] = len(self)
+        return number
+
+
+# Normalisation goes by grapheme clusters, and a space forms one with a mark behind it or with a
+# prepended sign before it (UAX 29): general categories, and letters and symbols that do it, too.
+_CATEGORIES_THAT_JOIN = frozenset({"Mn", "Mc", "Me", "Cf", "Cn"})
+_JOIN_WHAT_IS_BEFORE = frozenset(
+    "\u0e33\u0eb3\uff9e\uff9f\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff"
+)
+_JOIN_WHAT_IS_BEHIND = frozenset(
+    "\u0d4e\U000111c2\U000111c3\U000113d1\U0001193f\U00011941\U00011a3a\U00011d46\U00011f02"
+    + "".join(map(chr, range(0x11A84, 0x11A8A)))
+)
+
+
+def _leans_on_a_space(word: str) -> bool:
+    first, last = word[0], word[-1]
+    if first.isascii() and last.isascii():
+        return False
+    categories = {unicodedata.category(first), unicodedata.category(last)}
+    return (
+        bool(categories & _CATEGORIES_THAT_JOIN)
+        or first in _JOIN_WHAT_IS_BEFORE
+        or last in _JOIN_WHAT_IS_BEHIND
+    )
+
+
+def _joined(ids: Sequence[Sequence[int]], dtype: str) -> EncodedTexts:
+    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+    token_ids = np.fromiter(chain.from_iterable(ids), dtype, int(lengths.sum()))
+    return EncodedTexts(token_ids, lengths)
