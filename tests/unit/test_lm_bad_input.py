@@ -1,14 +1,17 @@
 """Lengths, corpora and tokenizers that no row can be made of: value, rule, remedy."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from transformers import AutoTokenizer
 
 from softprompt_dist.data.lm.examples import LMData
 from softprompt_dist.data.lm.special_ids import SpecialIds
 from softprompt_dist.errors import ConfigError, DataError
 from tests.lm_corpora import SPECIAL, config_of, counting_corpus, data_of
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 CORPUS = counting_corpus([900] * 3)
 
 
@@ -139,3 +142,10 @@ def test_validation_text_too_short_for_a_row():
 def test_special_ids_of_the_tests_do_not_meet_the_text():
     assert SPECIAL.eos < 10
     assert SPECIAL.first_sentinel > CORPUS.token_ids.max()
+
+
+def test_special_ids_of_the_demo_tokenizer():
+    tokenizer = AutoTokenizer.from_pretrained(REPOSITORY / "softprompt_dist/assets/tiny-t5")
+    special = SpecialIds.of(tokenizer, "span_corruption")
+    assert (special.pad, special.eos, special.num_sentinels) == (0, 1, 100)
+    assert tokenizer.convert_ids_to_tokens(special.first_sentinel) == "<extra_id_0>"
