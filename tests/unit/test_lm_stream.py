@@ -104,8 +104,11 @@ def test_closing_ends_the_thread_and_the_steps():
 
 def test_closing_does_not_wait_for_a_whole_step():
     class Slow(LMData):
+        num_made = 0
+
         def rows(self, plan, first, last):
-            time.sleep(0.05)
+            self.num_made += 1
+            time.sleep(0.01)
             return super().rows(plan, first, last)
 
     config = config_of(inputs_length=32, targets_length=32)
@@ -113,6 +116,7 @@ def test_closing_does_not_wait_for_a_whole_step():
     stream = BatchStream(data, BatchConfig(global_batch_size=2000, micro_batch_size=1), 0, 0, 1)
     stream.close()
     assert not batch_threads()
+    assert data.num_made < 1000
 
 
 def test_an_error_in_the_thread_reaches_the_consumer():
