@@ -8,10 +8,13 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 _READ_BYTES = 4 * 2**20
 
@@ -52,6 +55,18 @@ def free_bytes(path: Path) -> str:
     return "an unknown number"
 
 
+def explained(work: Callable[[], T], explain: Callable[[OSError], Exception]) -> Callable[[], T]:
+    """`work`, raising what `explain` makes of the system's error in place of that."""
+
+    def explaining() -> T:
+        try:
+            return work()
+        except OSError as error:
+            raise explain(error) from error
+
+    return explaining
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Create `path` with `content` and flush it to the disk.
 
@@ -79,6 +94,17 @@ def replace_file(path: Path, content: bytes) -> None:
         flush_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def flush_files(folder: Path) -> None:
+    """Flush to the disk what another library wrote below `folder`.
+
+    Raises:
+        OSError: the disk is full or fails.
+    """
+    for path in folder.rglob("*"):
+        with _opened(path) as descriptor:
+            os.fsync(descriptor)
 
 
 def extend_file(path: Path, content: bytes) -> None:

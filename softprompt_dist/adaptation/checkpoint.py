@@ -17,11 +17,11 @@ import logging
 import os
 import platform
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError
@@ -40,8 +40,8 @@ from softprompt_dist.adaptation.verification import (
     inspect_checkpoint,
     verify,
 )
-from softprompt_dist.durable import FileDigest, digest_of, write_file
-from softprompt_dist.errors import CheckpointError, SoftpromptError
+from softprompt_dist.durable import FileDigest, digest_of, explained, write_file
+from softprompt_dist.errors import CheckpointError
 from softprompt_dist.parallel import ranks
 from softprompt_dist.run.checkpoint_folder import (
     CheckpointFolder,
@@ -67,8 +67,6 @@ from softprompt_dist.run.random_state import (
 )
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 _SHARD_BYTES = 4 * 2**30
 """Several files, so that several ranks can verify them."""
@@ -154,12 +152,12 @@ class AdaptationCheckpointStore:
         def refusal(error: OSError) -> CheckpointError:
             return not_written(final, error, needed)
 
-        temporary = ranks.on_main(_guarded(self._checkpoints.begin, refusal))
+        temporary = ranks.on_main(explained(self._checkpoints.begin, refusal))
         try:
             weights = WeightFormat(max_shard_bytes=_SHARD_BYTES)
             digests = write_tensors(temporary, tensors, weights, error=refusal)
             finish = partial(self._finish, step, temporary, digests, rest)
-            ranks.on_main(_guarded(finish, refusal))
+            ranks.on_main(explained(finish, refusal))
         finally:
             if ranks.is_main():
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -175,14 +173,14 @@ class AdaptationCheckpointStore:
                 over unasked. Or a rank cannot see them, or another kind of run saved them.
         """
         folder, refusal = self._checkpoints, self._checkpoints.unreadable
-        ranks.on_main(_guarded(folder.remove_leftovers, refusal))
-        while path := ranks.on_main(_guarded(folder.newest, refusal)):
-            inspection = ranks.on_main(_guarded(partial(inspect_checkpoint, path), refusal))
+        ranks.on_main(explained(folder.remove_leftovers, refusal))
+        while path := ranks.on_main(explained(folder.newest, refusal)):
+            inspection = ranks.on_main(explained(partial(inspect_checkpoint, path), refusal))
             damage = inspection.damage or self._damage(path, inspection.expected)
             if damage is None:
                 state, world_size = inspection.state, inspection.world_size
                 return FoundCheckpoint(path, inspection.step, state, world_size)
-            ranks.on_main(_guarded(partial(set_aside, path, damage), refusal))
+            ranks.on_main(explained(partial(set_aside, path, damage), refusal))
         return None
 
     def discard_all(self) -> None:
@@ -216,22 +214,8 @@ class AdaptationCheckpointStore:
         own = sorted(expected)[ranks.rank() :: ranks.world_size()]
         share = {name: expected[name] for name in own}
         refusal = self._checkpoints.unreadable
-        damage = ranks.together(_guarded(partial(damage_of, path, share), refusal))
+        damage = ranks.together(explained(partial(damage_of, path, share), refusal))
         return next(filter(None, ranks.gather_objects(damage)), None)
-
-
-def _guarded(
-    work: Callable[[], T], refusal: Callable[[OSError], SoftpromptError]
-) -> Callable[[], T]:
-    """`work`, with the user's error in place of the system's."""
-
-    def guarded() -> T:
-        try:
-            return work()
-        except OSError as error:
-            raise refusal(error) from error
-
-    return guarded
 
 
 def _is_published(final: Path, digests: Mapping[str, FileDigest]) -> bool:
