@@ -136,7 +136,8 @@ class EvaluationConfig(Section):
     length_normalisation: Literal["none", "tokens", "characters"] = "none"
     """rank: a label's log-probability as it is, or divided by the label's tokens or characters."""
     max_target_tokens: Positive | None = None
-    """greedy: answers end here. Default: the longest target of the split that is scored (T5X)."""
+    """greedy: answers end here. Default: the longest target of the split that is scored (T5X).
+    Not counting `task.target_prefix`."""
     max_validation_examples: Positive | None = None
     max_test_examples: Positive | None = None
     batch_tokens: Positive = 4096
@@ -194,6 +195,20 @@ class TuneConfig(Section):
                 "would ever "
                 "end. Set evaluation.method=rank or task.append_eos=true."
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_transfer_prefixes(self) -> TuneConfig:
+        tuned = [task.target_prefix for task in (self.task, *self.mixture.tasks)]
+        for place, transfer in enumerate(self.transfer):
+            # With `translate` answers are read as those of `task`.
+            known = tuned[:1] if transfer.translate else tuned
+            given = transfer.task.target_prefix
+            if given not in known:
+                raise ValueError(
+                    f"transfer.{place}.task.target_prefix is {given!r}, but the prompt is tuned to "
+                    f"answer with {' or '.join(map(repr, dict.fromkeys(known)))}. Set it to that."
+                )
         return self
 
     @model_validator(mode="after")

@@ -78,6 +78,9 @@ class TaskConfig(Section):
     """Own task: of `softprompt tasks metrics`. Default: accuracy with labels, else squad."""
     append_eos: bool = True
     """Whether the end-of-sequence piece belongs to the target (T5: yes)."""
+    target_prefix: str | None = None
+    """A special piece such as `<extra_id_0>` put in front of every target and taken off every
+    answer: for T5s that know span corruption alone (the paper's section 2.2)."""
     max_examples: Positive | None = None
     """Use only n training examples (after the split), a fair sample that is always the same."""
     skip_bad_rows: bool = False

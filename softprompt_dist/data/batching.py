@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from softprompt_dist.errors import DataError
+from softprompt_dist.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,33 +68,37 @@ class TokenBatch:
         return self.target_ids_BT.masked_fill(self.target_mask_BT == 0, IGNORED_LABEL)
 
 
-def tokenise(
+def tokenise(  # noqa: PLR0913 - all that ids depend on
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
     *,
     family: Family,
     max_input_tokens: int,
     append_eos: bool,
+    target_prefix: str | None = None,
 ) -> Tokenised:
     """Ids of inputs and targets; inputs of more than `max_input_tokens` ids are cut and counted.
 
     seq2seq: the input ends in the end-of-sequence piece, which counts, and loses its end when cut
     (as in T5). causal: no special tokens, and it loses its beginning, since the target continues
-    its end. `append_eos` adds the end-of-sequence piece to the target.
+    its end. `append_eos` adds the end-of-sequence piece to the target, and `target_prefix` is the
+    piece in front of it.
 
     Raises:
+        ConfigError: see `target_prefix_ids`.
         DataError: the tokenizer has no end-of-sequence piece and one is needed, or a text has no
             token at all.
     """
     if not examples:
         return Tokenised((), 0)
+    target_start = target_prefix_ids(target_prefix, tokenizer, family)
     target_end = end_of_sequence(tokenizer) if append_eos else ()
     texts = [example.input_text for example in examples]
     inputs = tokenise_inputs(texts, tokenizer, family=family, max_input_tokens=max_input_tokens)
     targets = _encode([example.target_text for example in examples], tokenizer)
     return Tokenised(
         tuple(
-            TokenExample(example.input_ids, (*target, *target_end))
+            TokenExample(example.input_ids, (*target_start, *target, *target_end))
             for example, target in zip(inputs.examples, targets, strict=True)
         ),
         inputs.num_truncated,
@@ -137,6 +141,39 @@ def end_of_sequence(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
             "tokenizer's config."
         )
     return (tokenizer.eos_token_id,)
+
+
+def target_prefix_ids(
+    piece: str | None, tokenizer: PreTrainedTokenizerBase, family: Family
+) -> tuple[int, ...]:
+    """What stands before the ids of every target: the id of a task's `target_prefix`, or nothing.
+
+    It is put before ids and not before text, as `add_sentinel_to_targets` of
+    google-research/prompt-tuning does, so that what follows it is tokenised as if it began the
+    target: `<extra_id_0>` before `positive` is (32099, 1465) for T5, whatever white space a
+    tokenizer would make of text that follows a special piece.
+
+    Raises:
+        ConfigError: the backbone is decoder-only, or the tokenizer has no such special piece.
+    """
+    if piece is None:
+        return ()
+    if family == "causal":
+        raise ConfigError(
+            f"task.target_prefix is {piece!r}, with which T5s trained by span corruption begin "
+            "what they write, but this backbone is decoder-only. Leave target_prefix out."
+        )
+    # An answer ends with the first of these, and would show no sign of the others.
+    taken = (tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
+    known = [special for special in tokenizer.all_special_tokens if special not in taken]
+    if piece not in known:
+        remedy = f"Set it to one such as {known[0]}" if known else "It has none to use"
+        raise ConfigError(
+            f"task.target_prefix is {piece!r}, but must be one special piece of the backbone's "
+            f"tokenizer, and not one that ends, pads or stands for the unknown. {remedy}, or leave "
+            "it out."
+        )
+    return (int(tokenizer.convert_tokens_to_ids(piece)),)
 
 
 def collate(examples: Sequence[TokenExample], *, pad_id: int, family: Family) -> TokenBatch:

@@ -48,13 +48,14 @@ _ROWS_AT_A_TIME = 5000
 _CHECKSUM_BYTES = 4
 
 
-def tokens_of(
+def tokens_of(  # noqa: PLR0913 - as `tokenise`
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
     *,
     family: Family,
     max_input_tokens: int,
     append_eos: bool,
+    target_prefix: str | None = None,
 ) -> TokenTable:
     """All ranks: what `tokenise` makes of the examples; rank 0 makes it, the others find it.
 
@@ -62,7 +63,7 @@ def tokens_of(
     rank. Without a folder to write to, every rank tokenises for itself, after one warning.
 
     Raises:
-        DataError: as `tokenise`.
+        SoftpromptError: as `tokenise`.
     """
 
     def make() -> TokenTable:
@@ -74,11 +75,12 @@ def tokens_of(
                 family=family,
                 max_input_tokens=max_input_tokens,
                 append_eos=append_eos,
+                target_prefix=target_prefix,
             ),
         )
 
     def find_or_make() -> TokenTable:
-        settings = [family, max_input_tokens, append_eos, _identity(tokenizer)]
+        settings = [family, max_input_tokens, append_eos, target_prefix, _identity(tokenizer)]
         return _kept(f"{_key(examples, settings)}.arrow", make)
 
     is_kept = len(examples) >= FEWEST_ROWS_KEPT

@@ -8,13 +8,13 @@ from collections.abc import Mapping
 _FIRST_SENTINEL = "<extra_id_0>"
 
 
-def remove_first_sentinel(text: str) -> str:
-    """Without a leading `<extra_id_0>` and white space before the rest.
+def remove_first_sentinel(text: str, sentinel: str = _FIRST_SENTINEL) -> str:
+    """Without one leading `sentinel`, and without white space before the rest.
 
-    For backbones trained by span corruption only, which begin every answer with it; the
+    For backbones trained by span corruption only, which begin every answer with `<extra_id_0>`; the
     `remove_extra_id_0` of google-research/prompt-tuning.
     """
-    return text.removeprefix(_FIRST_SENTINEL).lstrip()
+    return text.removeprefix(sentinel).lstrip()
 
 
 def translate(text: str, meanings: Mapping[str, str]) -> str:

@@ -27,7 +27,7 @@ TENSOR_KEY = "prompt"
 METADATA_KEY = "softprompt"
 MAX_HEADER_BYTES = 1 << 20
 _LENGTH_BYTES = 8
-_BETWEEN_FAMILIES = " + "
+_BETWEEN_TASKS = " + "
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,16 +53,23 @@ class PromptMetadata:
     """Of this package."""
     task_family: str = ""
     """What kind of answers it gives; tasks of one family share it. Several: see `families`."""
+    target_prefix: str = ""
+    """The piece that its answers begin with; empty for none. Several: see `target_prefixes`."""
 
     @property
     def families(self) -> tuple[str, ...]:
-        """Each of `task_family`, which `joined_families` made."""
-        return tuple(self.task_family.split(_BETWEEN_FAMILIES))
+        """Each of `task_family`, which `joined` made."""
+        return tuple(self.task_family.split(_BETWEEN_TASKS))
+
+    @property
+    def target_prefixes(self) -> tuple[str | None, ...]:
+        """Each of `target_prefix`, which `joined` made; None for a task without one."""
+        return tuple(prefix or None for prefix in self.target_prefix.split(_BETWEEN_TASKS))
 
 
-def joined_families(families: Iterable[str]) -> str:
-    """The families of a mixture's tasks as one text, each once."""
-    return _BETWEEN_FAMILIES.join(dict.fromkeys(families))
+def joined(facts: Iterable[str]) -> str:
+    """What is true of a mixture's tasks as one text, each fact once."""
+    return _BETWEEN_TASKS.join(dict.fromkeys(facts))
 
 
 def save_prompt(path: str | Path, prompt_PD: Tensor, metadata: PromptMetadata) -> None:

@@ -23,6 +23,7 @@ from softprompt_dist.run.judgement import Evaluation, floor_predictions, judge
 from softprompt_dist.run.loaded_task import LoadedTask, Split
 from softprompt_dist.run.scoring import Prediction
 from softprompt_dist.run.tuning import Bench, build_bench
+from softprompt_dist.task_config import TaskConfig
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ def evaluate(
     task = bench.task
     if ranks.is_main():
         warn_of_other_family(metadata, task.name, task.data.family)
+        warn_of_other_prefix(metadata, task.config)
     prompt_PD = ranks.together(
         lambda: prompt_for(bench.backbone, request.prompt_file, force=request.force)
     )
@@ -156,6 +158,18 @@ def warn_of_other_family(metadata: PromptMetadata, task: str, family: str) -> No
             metadata.task_family,
             task,
             family,
+        )
+
+
+def warn_of_other_prefix(metadata: PromptMetadata, task: TaskConfig) -> None:
+    """Say so where a prompt was tuned to begin answers otherwise than `task` says."""
+    if task.target_prefix not in metadata.target_prefixes:
+        log.warning(
+            "The prompt was tuned with target_prefix %s, but that of %s is %s, so answers say "
+            "little. Set task.target_prefix to what it was tuned with.",
+            " or ".join(prefix or "null" for prefix in metadata.target_prefixes),
+            task.name,
+            task.target_prefix or "null",
         )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from softprompt_dist.config import EvaluationConfig, TuneConfig
-from softprompt_dist.data.batching import Family, tokenise
+from softprompt_dist.data.batching import Family, target_prefix_ids, tokenise
 from softprompt_dist.data.examples import Example
 from softprompt_dist.data.floors import has_floors
 from softprompt_dist.data.order import ExampleOrder
@@ -166,12 +166,13 @@ class TextReader:
         def judged_once() -> LoadedTask:
             labels = self._labels(config, data)
             read = {
-                name: Split(data.splits[name], table, self._max_target_tokens(labels, table))
+                name: Split(
+                    data.splits[name], table, self._max_target_tokens(config, labels, table)
+                )
                 for name, table in tokens.items()
             }
             longest = max(split.max_target_tokens for split in read.values())
-            evaluation = self.config.evaluation
-            rule = AnswerRule(evaluation.method, labels, longest, evaluation.length_normalisation)
+            rule = self.answer_rule(config, labels, longest)
             task = LoadedTask(config, data, read, rule, translation or {})
             # A metric that lacks something says so now, not at the first validation.
             for split in read.values():
@@ -187,6 +188,7 @@ class TextReader:
             family=self.family,
             max_input_tokens=self.config.backbone.max_input_tokens,
             append_eos=task.append_eos,
+            target_prefix=task.target_prefix,
         )
         if table.num_truncated and ranks.is_main():
             log.warning(
@@ -206,16 +208,34 @@ class TextReader:
         check_method(self.config.evaluation, task, data.labels)
         return labels
 
-    def _max_target_tokens(self, labels: LabelSet, split: TokenTable) -> int:
+    def _max_target_tokens(self, task: TaskConfig, labels: LabelSet, split: TokenTable) -> int:
         longest = max([int(split.target_lengths.max()), *map(len, labels.ids)])
-        return self.config.evaluation.max_target_tokens or longest
+        return self.max_target_tokens(task, longest)
+
+    def max_target_tokens(self, task: TaskConfig, longest: int) -> int:
+        """Where generated answers end: where the recipe says, after the prefix; else `longest`."""
+        limit = self.config.evaluation.max_target_tokens
+        return longest if limit is None else limit + len(self.prefix_ids(task))
+
+    def answer_rule(self, task: TaskConfig, labels: LabelSet, max_target_tokens: int) -> AnswerRule:
+        """How answers to the task are found."""
+        evaluation = self.config.evaluation
+        normalisation = evaluation.length_normalisation
+        return AnswerRule(
+            evaluation.method, labels, max_target_tokens, normalisation, task.target_prefix
+        )
+
+    def prefix_ids(self, task: TaskConfig) -> tuple[int, ...]:
+        """What the task's targets and answers begin with; see `target_prefix_ids`."""
+        return target_prefix_ids(task.target_prefix, self.tokenizer, self.family)
 
     def label_set(self, task: TaskConfig, labels: Sequence[str]) -> LabelSet:
         """The label strings as answers spell them, with the ids of the target texts.
 
         Raises:
-            ConfigError: see `check_labels`.
+            ConfigError: see `check_labels` and `target_prefix_ids`.
         """
+        prefix_ids = self.prefix_ids(task)
         tokens = tokenise(
             [Example(label, label) for label in labels],
             self.tokenizer,
@@ -224,9 +244,9 @@ class TextReader:
             append_eos=task.append_eos,
         ).examples
         texts = tuple(label.strip() for label in labels)
-        label_set = LabelSet(texts, tuple(example.target_ids for example in tokens))
-        check_labels(label_set, self.config.evaluation, self.tokenizer)
-        return label_set
+        bare = LabelSet(texts, tuple(example.target_ids for example in tokens))
+        check_labels(bare, self.config.evaluation, self.tokenizer)
+        return LabelSet(texts, tuple((*prefix_ids, *ids) for ids in bare.ids))
 
 
 def check_method(evaluation: EvaluationConfig, task: TaskConfig, labels: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ from softprompt_dist.metrics.registry import find_metrics
 from softprompt_dist.metrics.scores import Scores
 from softprompt_dist.parallel import ranks
 from softprompt_dist.parallel.equality import assert_equal_on_all_ranks
-from softprompt_dist.prompt.file import PromptMetadata, joined_families, save_prompt
+from softprompt_dist.prompt.file import PromptMetadata, joined, save_prompt
 from softprompt_dist.run.checkpoint import Checkpoint, CheckpointStore
 from softprompt_dist.run.directory import RunDirectory
 from softprompt_dist.run.journal import Journal
@@ -125,7 +125,8 @@ def publish_prompt(run: TuningRun, state: TuningState, directory: RunDirectory) 
         backbone=run.backbone.path,
         tokenizer_fingerprint=tokenizer_fingerprint(run.tokenizer),
         task="+".join(task.name for task in run.tasks),
-        task_family=joined_families(task.data.family for task in run.tasks),
+        task_family=joined(task.data.family for task in run.tasks),
+        target_prefix=joined(task.config.target_prefix or "" for task in run.tasks),
         initialisation=run.config.prompt.initialisation,
         step=state.best_step,
         metric=score_name(run.tasks),

@@ -70,7 +70,7 @@ def _chosen_task(values: dict[str, Any], name: str | None) -> dict[str, Any]:
     for task in tuned:
         if task[key] == name:
             return task
-    as_tuned = {key: own[key] for key in ("prefixed", "append_eos")}
+    as_tuned = {key: own[key] for key in ("prefixed", "append_eos", "target_prefix")}
     return {"catalogue": find_task(name).name, **as_tuned}
 
 

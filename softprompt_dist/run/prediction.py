@@ -21,7 +21,11 @@ from softprompt_dist.errors import ConfigError
 from softprompt_dist.parallel import ranks
 from softprompt_dist.prompt.file import load_prompt
 from softprompt_dist.prompt.module import SoftPrompt
-from softprompt_dist.run.evaluation import prompt_for, warn_of_other_family
+from softprompt_dist.run.evaluation import (
+    prompt_for,
+    warn_of_other_family,
+    warn_of_other_prefix,
+)
 from softprompt_dist.run.loaded_task import TextReader, check_method
 from softprompt_dist.run.prediction_desk import PredictionDesk, PredictionRequest
 from softprompt_dist.run.prediction_rows import Encode
@@ -46,6 +50,7 @@ def predict(
     reader = ranks.together(lambda: _checked_reader(config))
     if ranks.is_main():
         warn_of_other_family(metadata, config.task.name, reader.family)
+        warn_of_other_prefix(metadata, config.task)
     desk = PredictionDesk(config, request, reader)
     try:
         if not ranks.on_main(desk.open):
@@ -96,13 +101,9 @@ def _rule(texts: TextReader, labels: Sequence[str]) -> AnswerRule:
     if config.task.append_eos:
         end_of_sequence(texts.tokenizer)
     known = texts.label_set(config.task, labels)
-    longest = max(map(len, known.ids), default=DEFAULT_TARGET_TOKENS)
-    return AnswerRule(
-        config.evaluation.method,
-        known,
-        config.evaluation.max_target_tokens or longest,
-        config.evaluation.length_normalisation,
-    )
+    free_text = DEFAULT_TARGET_TOKENS + len(texts.prefix_ids(config.task))
+    longest = max(map(len, known.ids), default=free_text)
+    return texts.answer_rule(config.task, known, texts.max_target_tokens(config.task, longest))
 
 
 def _encoder(texts: TextReader) -> Encode:

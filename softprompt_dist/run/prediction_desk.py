@@ -243,6 +243,7 @@ def _settings(config: TuneConfig, request: PredictionRequest, reader: TaskReader
         "task.labels": list(reader.labels),
         "task.id_field": task.id_field,
         "task.append_eos": task.append_eos,
+        "task.target_prefix": task.target_prefix,
         "evaluation.method": evaluation.method,
         "evaluation.length_normalisation": evaluation.length_normalisation,
         "evaluation.max_target_tokens": evaluation.max_target_tokens,

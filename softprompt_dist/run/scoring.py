@@ -18,13 +18,17 @@ from softprompt_dist.backbone.base import Backbone
 from softprompt_dist.data.batching import TokenBatch, TokenExample, collate
 from softprompt_dist.data.bucketing import batches_by_length
 from softprompt_dist.data.detokenise import detokenise
+from softprompt_dist.metrics.answer_text import remove_first_sentinel
 from softprompt_dist.parallel import ranks
 from softprompt_dist.prompt.module import SoftPrompt
 
 
 @dataclass(frozen=True)
 class LabelSet:
-    """The target strings of a task and their token ids, as `tokenise` makes them."""
+    """The target strings of a task and their token ids, as `tokenise` makes them.
+
+    A task's `target_prefix` is among the ids and not in the texts.
+    """
 
     texts: tuple[str, ...]
     ids: tuple[tuple[int, ...], ...]
@@ -38,8 +42,10 @@ class AnswerRule:
     labels: LabelSet
     """Empty for free text, which only `greedy` can give."""
     max_target_tokens: int
-    """greedy: answers end here."""
+    """greedy: answers end here, the prefix included."""
     length_normalisation: Literal["none", "tokens", "characters"] = "none"
+    target_prefix: str | None = None
+    """The piece that answers begin with, which is no part of what they say."""
 
     @property
     def name(self) -> str:
@@ -47,6 +53,11 @@ class AnswerRule:
         if self.method == "greedy" or self.length_normalisation == "none":
             return self.method
         return f"{self.method} (log-probability per {self.length_normalisation[:-1]})"
+
+    @property
+    def prefix_tokens(self) -> int:
+        """How many ids of a label, and of what is generated, are the prefix's."""
+        return 0 if self.target_prefix is None else 1
 
     @property
     def answer_tokens(self) -> int:
@@ -159,7 +170,7 @@ class Scorer:
     ) -> list[Prediction]:
         prompt_BPD = prompt(len(batch.input_ids_BS), self.backbone.dtype)
         if rule.method == "greedy":
-            return self._generated(prompt_BPD, batch, rule.max_target_tokens)
+            return self._generated(prompt_BPD, batch, rule)
         scores_BA = self._label_scores(prompt_BPD, batch, rule)
         return [
             Prediction(rule.labels.texts[best], tuple(scores))
@@ -169,14 +180,17 @@ class Scorer:
         ]
 
     def _label_scores(self, prompt_BPD: Tensor, batch: TokenBatch, rule: AnswerRule) -> Tensor:
-        """scores_BA: each label's total log-probability, divided as the rule says."""
+        """scores_BA: each label's total log-probability, divided as the rule says.
+
+        It is that of the label after the prefix, whose own is the same for all.
+        """
         labels = rule.labels
         width = max(map(len, labels.ids))
         answers_AT = torch.zeros(len(labels.ids), width, dtype=torch.long)
         mask_AT = torch.zeros(answers_AT.shape)
         for row, ids in enumerate(labels.ids):
             answers_AT[row, : len(ids)] = torch.tensor(ids)
-            mask_AT[row, : len(ids)] = 1
+            mask_AT[row, rule.prefix_tokens : len(ids)] = 1
         answers_AT, mask_AT = answers_AT.to(prompt_BPD.device), mask_AT.to(prompt_BPD.device)
         logits_BATV = self.backbone.answer_logits(prompt_BPD, batch, answers_AT)
         targets_BAT = answers_AT.expand(len(prompt_BPD), -1, -1)
@@ -187,7 +201,7 @@ class Scorer:
         return scores_BA / _divisors(rule).to(scores_BA)
 
     def _generated(
-        self, prompt_BPD: Tensor, batch: TokenBatch, max_target_tokens: int
+        self, prompt_BPD: Tensor, batch: TokenBatch, rule: AnswerRule
     ) -> list[Prediction]:
         """Greedy decoding; under ZeRO-3 the ranks go on until the last of them is done."""
         eos_id = self.tokenizer.eos_token_id
@@ -198,11 +212,14 @@ class Scorer:
             next_B = reading.logits_BV.argmax(dim=-1).masked_fill(finished_B, eos_id)
             columns.append(next_B)
             finished_B = finished_B | (next_B == eos_id)
-            if len(columns) == max_target_tokens or self._all_finished(finished_B):
+            if len(columns) == rule.max_target_tokens or self._all_finished(finished_B):
                 break
             reading = self.backbone.extend(reading, next_B)
         ids_BT = torch.stack(columns, dim=1).tolist()
-        return [Prediction(text.strip()) for text in detokenise(ids_BT, self.tokenizer)]
+        texts = detokenise(ids_BT, self.tokenizer)
+        if rule.target_prefix is not None:
+            texts = [remove_first_sentinel(text, rule.target_prefix) for text in texts]
+        return [Prediction(text.strip()) for text in texts]
 
     def _all_finished(self, finished_B: Tensor) -> bool:
         unfinished = (~finished_B).any().float().reshape(1)
@@ -222,5 +239,5 @@ def _divisors(rule: AnswerRule) -> Tensor:
     if rule.length_normalisation == "none":
         return torch.ones(len(rule.labels.ids))
     if rule.length_normalisation == "tokens":
-        return torch.tensor([float(len(ids)) for ids in rule.labels.ids])
+        return torch.tensor([float(len(ids) - rule.prefix_tokens) for ids in rule.labels.ids])
     return torch.tensor([float(len(text)) for text in rule.labels.texts])

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from softprompt_dist.errors import PromptFileError
 from softprompt_dist.prompt.file import (
     PromptMetadata,
-    joined_families,
+    joined,
     load_prompt,
     save_prompt,
 )
@@ -190,5 +190,21 @@ def test_failed_write_keeps_the_old_file_and_leaves_nothing_else(path, monkeypat
 
 
 def test_a_prompt_of_several_tasks_knows_their_families():
-    joined = joined_families(["span", "own: a, b", "span"])
-    assert dataclasses.replace(METADATA, task_family=joined).families == ("span", "own: a, b")
+    found = dataclasses.replace(METADATA, task_family=joined(["span", "own: a, b", "span"]))
+    assert found.families == ("span", "own: a, b")
+
+
+def test_a_prompt_knows_what_its_answers_begin_with(path):
+    assert METADATA.target_prefixes == (None,)
+    both = dataclasses.replace(METADATA, target_prefix=joined(["", "<extra_id_0>", ""]))
+    assert both.target_prefixes == (None, "<extra_id_0>")
+    save_prompt(path, PROMPT, both)
+    assert load_prompt(path)[1] == both
+
+
+def test_a_prompt_file_of_before_there_were_prefixes_has_none(path):
+    earlier = dataclasses.asdict(METADATA)
+    del earlier["target_prefix"]
+    path.parent.mkdir()
+    save_file({"prompt": PROMPT}, path, metadata={"softprompt": json.dumps(earlier)})
+    assert load_prompt(path)[1] == METADATA

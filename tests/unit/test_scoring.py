@@ -157,6 +157,38 @@ def test_label_scores_are_log_likelihoods_by_the_length_named(
         assert prediction.text == stage.labels.texts[expected.index(max(expected))]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("normalisation", ["none", "tokens", "characters"])
+def test_label_scores_are_those_after_the_prefix(
+    stages: dict[str, Stage], normalisation: Literal["none", "tokens", "characters"]
+) -> None:
+    stage, prefix = stages["seq2seq"], 40
+    texts, ids = stage.labels.texts, stage.labels.ids
+    labels = LabelSet(texts, tuple((prefix, *label) for label in ids))
+    rule = AnswerRule("rank", labels, 5, normalisation, target_prefix="any")
+    found = Scorer(stage.backbone, stage.tokenizer, 300).predict(stage.prompt, stage.rows[:5], rule)
+    for row, prediction in zip(stage.rows, found, strict=False):
+        alone = log_likelihood(stage, row, torch.tensor([prefix]))
+        scores = [log_likelihood(stage, row, torch.tensor(x)) - alone for x in labels.ids]
+        divisors = {
+            "none": [1] * 5,
+            "tokens": [len(label) for label in ids],
+            "characters": [len(text) for text in texts],
+        }[normalisation]
+        expected = [score / by for score, by in zip(scores, divisors, strict=True)]
+        assert prediction.label_scores == pytest.approx(expected, rel=1e-4)
+        assert prediction.text == texts[expected.index(max(expected))]
+
+
+def test_one_prefix_is_taken_off_what_is_generated(stages: dict[str, Stage]) -> None:
+    stage = stages["seq2seq"]
+    written = stage.predict(stage.rule("greedy"))
+    prefix = next(text[:2] for text in written if text[:1].isascii())
+    found = stage.predict(stage.rule("greedy", target_prefix=prefix))
+    assert found == [text.removeprefix(prefix).strip() for text in written]
+    assert found != written
+
+
 def test_equal_inputs_are_read_once(stages: dict[str, Stage]) -> None:
     stage = stages["seq2seq"]
     rows_read: list[int] = []
