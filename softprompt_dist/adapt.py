@@ -1,24 +1,31 @@
-"""`softprompt adapt`: train all weights of a T5 v1.1 on plain text, on one rank or many.
+"""`softprompt adapt`: train all weights of a language model on plain text, on one rank or many.
 
-python -m softprompt_dist.adapt --recipe adapt-tiny-t5-span --run-dir runs/adapt-tiny-t5-span
+deepspeed --num_gpus 8 -m softprompt_dist.adapt --recipe paper-512-512 \
+    --set backbone=google/t5-v1_1-xxl --set corpus='[c4-tokens]' --deepspeed_config zero2.json
 """
 
 from __future__ import annotations
 
+import argparse
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 
 from softprompt_dist.adapt_config import AdaptConfig
+from softprompt_dist.adapt_stages import choose_stages, load_stages
 from softprompt_dist.errors import ConfigError
 from softprompt_dist.parallel.verb import VerbParser, run_verb
-from softprompt_dist.recipe import load_recipe, to_yaml
+from softprompt_dist.recipe import to_yaml
 
 
 def build_parser() -> VerbParser:
     """Options of `softprompt adapt`."""
-    parser = VerbParser("adapt", "Train all weights of a T5 v1.1 on plain text.")
+    parser = VerbParser("adapt", "Train all weights of a language model on plain text.")
     parser.add_recipe_options()
     parser.add_run_options()
+    parser.add_argument(
+        "--stage", metavar="NAME", help="of a recipe with several, run this one only"
+    )
     parser.add_argument(
         "--export",
         metavar="FOLDER",
@@ -31,18 +38,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the verb; see `build_parser`."""
     options = build_parser().parse_args(argv)
     if options.recipe is None:
-        raise ConfigError("softprompt adapt needs --recipe, such as --recipe adapt-tiny-t5-span.")
-    if options.deepspeed_config:
-        raise ConfigError(
-            "softprompt adapt keeps the weights whole on every rank, without --deepspeed_config. "
-            "Leave that out; set dtype and batch in the recipe."
-        )
+        raise ConfigError("softprompt adapt needs --recipe, such as --recipe paper-512-512.")
     overrides = list(options.overrides)
     if options.steps is not None:
         overrides.append(f"steps={options.steps}")
-    config = load_recipe(AdaptConfig, options.recipe, overrides)
-    run_directory = options.run_dir or config.run_directory or f"runs/{config.name}"
-    config = config.model_copy(update={"run_directory": run_directory})
+    stages = choose_stages(load_stages(options.recipe, overrides, options.run_dir), options.stage)
+    if options.export and len(stages) > 1:
+        raise ConfigError(
+            f"--export writes one stage, but {options.recipe} has {len(stages)}. Add --stage NAME."
+        )
 
     # Only now torch and its like: a wrong option or recipe is answered at once.
     import torch
@@ -52,18 +56,30 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if options.dry_run:
         if ranks.is_main():
-            print(to_yaml(config), end="")
+            print("---\n".join(map(to_yaml, stages)), end="")
         return
     join_world(debug=options.debug)
-    from softprompt_dist.run.adaptation_session import adapt, export_newest
-
     # Numbers too small to matter slow a CPU down tenfold.
     torch.set_flush_denormal(True)
-    if options.export:
-        export_newest(config, Path(options.export))
-    else:
-        adapt(config, fresh=options.fresh, must_resume=options.resume)
+    for config in stages:
+        _run(config, options)
+        gc.collect()
     leave_world()
+
+
+def _run(config: AdaptConfig, options: argparse.Namespace) -> None:
+    from softprompt_dist.adaptation.engine_config import apply_ds_config, read_ds_config
+    from softprompt_dist.adaptation.session import adapt, export_newest
+    from softprompt_dist.parallel import ranks
+
+    path = options.deepspeed_config
+    ds_config = ranks.together(lambda: read_ds_config(path)) if path else None
+    if ds_config is not None:
+        config = ranks.together(lambda: apply_ds_config(config, ds_config))
+    if options.export:
+        export_newest(config, ds_config, Path(options.export))
+    else:
+        adapt(config, ds_config, fresh=options.fresh, must_resume=options.resume)
 
 
 if __name__ == "__main__":

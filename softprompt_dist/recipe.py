@@ -30,7 +30,7 @@ def load_recipe(
         ConfigError: the file is missing or unreadable, or any key or value is wrong; all
             problems of the recipe are named in one message.
     """
-    values = {} if recipe is None else _read(Path(resolve_recipe(recipe)))
+    values = {} if recipe is None else read_recipe(recipe)
     return check_values(kind, values, overrides, name=str(recipe or "The recipe"))
 
 
@@ -47,7 +47,7 @@ def check_values(
         ConfigError: any key or value is wrong; all problems of `name` are named in one message.
     """
     for override in overrides:
-        _apply(values, override)
+        apply_override(values, override)
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -87,7 +87,13 @@ def to_yaml(config: Section) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_recipe(recipe: str | Path) -> dict[str, Any]:
+    """The keys of a recipe by packaged name or path, not checked yet.
+
+    Raises:
+        ConfigError: missing, unreadable, or no mapping.
+    """
+    path = resolve_recipe(recipe)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -101,7 +107,12 @@ def _read(path: Path) -> dict[str, Any]:
     return values
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set one key of `values`, as `a.b=value` in YAML says.
+
+    Raises:
+        ConfigError: it has another form, or `a` is no section.
+    """
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"Override {override!r} must have the form key.subkey=value.")

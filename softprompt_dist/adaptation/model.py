@@ -35,7 +35,7 @@ class TrainableT5(T5):
         self.shared = nn.Embedding(config.vocab_size, config.d_model)
 
     def checkpoint_names(self) -> dict[int, str]:
-        """id of every parameter -> its name in a Hugging Face checkpoint."""
+        """Id of every parameter -> its name in a Hugging Face checkpoint."""
         return {id(parameter): name for name, parameter in self.named_parameters()}
 
     def logits(self, batch: RowBatch) -> Tensor:
@@ -67,7 +67,7 @@ class CausalModel(nn.Module):
         self.config = model.config
 
     def checkpoint_names(self) -> dict[int, str]:
-        """id of every parameter -> its name in a Hugging Face checkpoint."""
+        """Id of every parameter -> its name in a Hugging Face checkpoint."""
         return {id(parameter): name for name, parameter in self.model.named_parameters()}
 
     def logits(self, batch: RowBatch) -> Tensor:

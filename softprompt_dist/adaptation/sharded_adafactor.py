@@ -57,12 +57,6 @@ class ShardedAdafactor(ShardedOptimizer):
             "epsilon": epsilon,
         }
         super().__init__(parameters, defaults)
-        self.num_updates = 0
-
-    def begin_update(self) -> None:
-        """A new update begins; ZeRO-3 makes it in one `step` for each of its groups."""
-        super().begin_update()
-        self.num_updates += 1
 
     def update(self, flat: Tensor, fragments: list[Fragment], group: dict[str, Any]) -> None:
         """Move the fragments of `flat` by its gradient, which becomes the update."""
@@ -129,7 +123,8 @@ class ShardedAdafactor(ShardedOptimizer):
 
     def _summed(self, flat: Tensor, fragments: list[Fragment]) -> list[Tensor]:
         """Of each parameter, over all ranks: squared gradients by row and by column, if factored,
-        and last the sum of squared weights."""
+        and last the sum of squared weights.
+        """
         sizes = [_num_sums(fragment) for fragment in fragments]
         buffer = flat.new_zeros(sum(sizes), requires_grad=False)
         grad = _gradient(flat)

@@ -41,12 +41,6 @@ class ShardedAdamW(ShardedOptimizer):
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "epsilon": epsilon}
         super().__init__(parameters, defaults)
         self.rms_scaled = rms_scaled
-        self.num_updates = 0
-
-    def begin_update(self) -> None:
-        """A new update begins; ZeRO-3 makes it in one `step` for each of its groups."""
-        super().begin_update()
-        self.num_updates += 1
 
     def update(self, flat: Tensor, fragments: list[Fragment], group: dict[str, Any]) -> None:
         """Move the fragments of `flat` by its gradient, which becomes Adam's step."""

@@ -54,6 +54,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def __init__(self, parameters: Iterable[nn.Parameter], defaults: dict[str, Any]) -> None:
         super().__init__(parameters, defaults)
         self._layout: Layout | None = None
+        self.num_updates = 0
+        """Begun since the run began, in all attempts."""
         self.update_size = UpdateSize()
         """Of the latest update, over all ranks."""
 
@@ -62,7 +64,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._layout = layout
 
     def begin_update(self) -> None:
-        """Forget the size of the last update; `step` adds to it, perhaps in several calls."""
+        """Count one more update, which ZeRO-3 makes in one `step` for each of its groups."""
+        self.num_updates += 1
         self.update_size = UpdateSize()
 
     @torch.no_grad()

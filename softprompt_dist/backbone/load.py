@@ -26,7 +26,7 @@ from softprompt_dist.parallel.groups import shard_group
 
 log = logging.getLogger(__name__)
 
-_DROPOUT_NAMES = (
+DROPOUT_NAMES = (
     "dropout_rate",
     "dropout",
     "activation_dropout",
@@ -36,6 +36,7 @@ _DROPOUT_NAMES = (
     "embd_pdrop",
     "attn_pdrop",
 )
+"""What configurations of models call the dropout of one or the other place."""
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _PICKLED_WEIGHTS = ("*.bin", "*.bin.index.json")
 _TOKENIZER_AND_CONFIG = ("*.json", "*.model", "*.txt")
@@ -79,7 +80,7 @@ def family_of(folder: Path) -> Family:
     Raises:
         BackboneError: its config.json cannot be read.
     """
-    return "seq2seq" if _model_config(folder).is_encoder_decoder else "causal"
+    return "seq2seq" if model_config_of(folder).is_encoder_decoder else "causal"
 
 
 def load_backbone(config: BackboneConfig, ds_config: dict[str, Any] | None = None) -> Backbone:
@@ -122,8 +123,8 @@ def inventory_of(folder: Path, config: BackboneConfig) -> Inventory:
         BackboneError: unreadable, incomplete or unsupported checkpoint.
     """
     reader = CheckpointReader(folder)
-    model_config = _model_config(folder)
-    for name in _DROPOUT_NAMES:
+    model_config = model_config_of(folder)
+    for name in DROPOUT_NAMES:
         if hasattr(model_config, name):
             setattr(model_config, name, config.dropout)
     skeleton = _skeleton(folder, model_config)
@@ -183,7 +184,12 @@ def _from_hub(config: BackboneConfig) -> Path:
     return folder
 
 
-def _model_config(folder: Path) -> Any:
+def model_config_of(folder: Path) -> Any:
+    """The Hugging Face configuration in a folder.
+
+    Raises:
+        BackboneError: it cannot be read, or asks for code of its own.
+    """
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         asks_for_code = "auto_map" in raw

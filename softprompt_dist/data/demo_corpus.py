@@ -15,6 +15,7 @@ import hashlib
 import html
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
@@ -168,6 +169,8 @@ def write_documents(
         for document in documents:
             text = " ".join(document.split())[:MAX_DOCUMENT_CHARACTERS]
             if len(text) < MIN_DOCUMENT_CHARACTERS or match_key(text) in held_out:
+                continue
+            if any(unicodedata.category(c) == "Cc" for c in text):  # struck over, or drawn
                 continue
             if hashlib.sha256(text.encode()).digest()[-1] < 2:
                 validation.write(text + "\n")

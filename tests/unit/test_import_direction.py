@@ -34,6 +34,7 @@ SINGLES = {
     "adapt_config": {"errors", "section"},
     "config": {"errors", "section", "task_config"},
     "recipe": {"errors", "section"},
+    "adapt_stages": {"errors", "section", "adapt_config", "recipe"},
 }
 """Single module below the folders -> the single modules it may import; any other is a verb."""
 

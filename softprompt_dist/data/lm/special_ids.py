@@ -19,6 +19,13 @@ class SpecialIds:
     """`<extra_id_0>`; the others count down from it. None where there is none."""
     num_sentinels: int = 0
 
+    @property
+    def sentinels(self) -> range:
+        """Ids of all sentinels; empty where there are none."""
+        if self.first_sentinel is None:
+            return range(0)
+        return range(self.first_sentinel - self.num_sentinels + 1, self.first_sentinel + 1)
+
     @classmethod
     def of(cls, tokenizer: Any, objective: str) -> SpecialIds:
         """Those of a tokenizer, as far as `objective` needs them.

@@ -1,0 +1,96 @@
+"""A recipe of several adaptations, each of which begins with what the one before it exported."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from softprompt_dist.adapt_config import AdaptConfig
+from softprompt_dist.errors import ConfigError
+from softprompt_dist.recipe import apply_override, check_values, read_recipe
+
+STAGES = "stages"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")
+
+
+def load_stages(
+    recipe: str, overrides: Sequence[str] = (), run_directory: str | None = None
+) -> list[AdaptConfig]:
+    """The adaptations of a recipe, in order, each with its run directory; most recipes have one.
+
+    Keys beside `stages` are those of all stages; a stage's own come on top. `--set key=value`
+    changes all stages, `--set stages.NAME.key=value` one.
+
+    Raises:
+        ConfigError: the recipe cannot be read, or any key or value of any stage is wrong.
+    """
+    values = read_recipe(recipe)
+    own = [o for o in overrides if o.startswith(f"{STAGES}.")]
+    common = [o for o in overrides if o not in own]
+    if STAGES not in values:
+        config = check_values(AdaptConfig, values, overrides, name=recipe)
+        folder = run_directory or config.run_directory or f"runs/{config.name}"
+        return [config.model_copy(update={"run_directory": folder})]
+    names = _checked_names(recipe, values[STAGES])
+    for override in own:
+        _check_stage(override.split(".")[1], names)
+        apply_override(values, override)
+    stages = values.pop(STAGES)
+    folder = Path(run_directory or values.get("run_directory") or f"runs/{values.get('name')}")
+    configs, previous = [], None
+    for name in names:
+        merged = _merged(values, stages[name] or {}) | {"run_directory": str(folder / name)}
+        merged["name"] = f"{values.get('name', 'adapt')}-{name}"
+        if previous is not None:
+            merged |= {"init": "from_checkpoint", "backbone": f"{previous}/export"}
+        configs.append(
+            check_values(AdaptConfig, merged, common, name=f"Stage {name!r} of {recipe}")
+        )
+        previous = folder / name
+    return configs
+
+
+def choose_stages(configs: Sequence[AdaptConfig], name: str | None) -> list[AdaptConfig]:
+    """All stages, or the one whose folder has that name.
+
+    Raises:
+        ConfigError: there is no such stage.
+    """
+    if name is None:
+        return list(configs)
+    names = [Path(str(config.run_directory)).name for config in configs]
+    _check_stage(name, names)
+    return [configs[names.index(name)]]
+
+
+def _checked_names(recipe: str, stages: Any) -> list[str]:
+    if not isinstance(stages, dict) or not stages:
+        raise ConfigError(
+            f"{recipe}: `{STAGES}` must be a mapping of names to the keys of each stage."
+        )
+    wrong = [name for name in stages if not _NAME.fullmatch(str(name))]
+    wrong += [n for n, keys in stages.items() if not isinstance(keys, dict | None) and n not in wrong]
+    if wrong:
+        raise ConfigError(
+            f"{recipe}: {', '.join(map(repr, wrong))} is no stage: a name of letters, digits, `-` "
+            "and `_` with a mapping of keys."
+        )
+    return [str(name) for name in stages]
+
+
+def _check_stage(name: str, names: Sequence[str]) -> None:
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1)
+        nearest = f" Did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(f"There is no stage {name!r}.{nearest} Stages: {', '.join(names)}.")
+
+
+def _merged(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(common)
+    for key, value in own.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged

@@ -1,0 +1,245 @@
+"""An adaptation's model, data and cursor, and what of them a checkpoint holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from softprompt_dist.adapt_config import AdaptConfig
+from softprompt_dist.adaptation.checkpoint import AdaptationCheckpointStore, FoundCheckpoint
+from softprompt_dist.adaptation.engine import AdaptationEngine
+from softprompt_dist.adaptation.learning_rate import learning_rate_at
+from softprompt_dist.adaptation.measures import measure, own_share
+from softprompt_dist.adaptation.sharded_tensor import ShardedTensor
+from softprompt_dist.adaptation.source import Source, find_source
+from softprompt_dist.cache import cache_directory
+from softprompt_dist.data.lm.corpus import open_corpus
+from softprompt_dist.data.lm.examples import LMData
+from softprompt_dist.data.lm.objectives import random_spans_helper
+from softprompt_dist.data.lm.rows import RowBatch
+from softprompt_dist.data.lm.special_ids import SpecialIds
+from softprompt_dist.data.lm.stream import BatchStream, StepBatches
+from softprompt_dist.data.lm.token_source import TokenSource
+from softprompt_dist.errors import CheckpointError, NonFiniteLossError
+from softprompt_dist.parallel import ranks
+from softprompt_dist.run.tuning import check_world
+
+FREE_TO_CHANGE: dict[str, Any] = {
+    **dict.fromkeys(
+        ("name", "run_directory", "steps", "decay_steps", "compile", "engine", "checkpoint"), ...
+    ),
+    **dict.fromkeys(("export", "log_every_steps", "evaluation", "validation_corpus"), ...),
+    **dict.fromkeys(("corpus", "tokenizer", "backbone"), ...),
+    "batch": {"micro_batch_size"},
+}
+"""Settings that a resumed run may have differently: none changes what is learned, the end of the
+schedule aside, or the corpus' fingerprint decides."""
+
+
+@dataclass
+class AdaptationRun:
+    """A checked recipe, what was built from it, and how far it is."""
+
+    config: AdaptConfig
+    source: Source
+    engine: AdaptationEngine
+    data: LMData
+    validation: dict[str, list[RowBatch]]
+    """By objective: this rank's share of rows that are not trained on."""
+    corpus_fingerprint: str
+    special: SpecialIds
+    step: int = 0
+    examples_consumed: int = 0
+    real_tokens: int = 0
+    """Of both sides, padding not counted, all ranks and attempts."""
+    seconds: float = 0.0
+    """Spent in updates, all attempts."""
+
+    def batches(self) -> BatchStream:
+        """This rank's micro-batches of one update after the other, from where the run is."""
+        return BatchStream(
+            self.data,
+            self.config.batch,
+            self.examples_consumed,
+            ranks.rank(),
+            ranks.world_size(),
+        )
+
+    def update(self, batches: StepBatches) -> dict[str, float]:
+        """All ranks: one update; its metrics.
+
+        Raises:
+            NonFiniteLossError: on all ranks together; the update was then not made.
+        """
+        rate = learning_rate_at(self.config, self.step)
+        try:
+            update = self.engine.update(batches.micro_batches, rate)
+        except NonFiniteLossError as error:
+            raise NonFiniteLossError(f"Step {self.step + 1}: {error}") from error
+        self.step += 1
+        self.examples_consumed = batches.examples_consumed
+        self.real_tokens += batches.num_real_tokens
+        return {
+            "loss": update.loss,
+            "cross_entropy": update.cross_entropy,
+            "z_loss": update.loss - update.cross_entropy,
+            "learning_rate": rate,
+            "gradient_norm": update.gradient_norm,
+            "update_rms": update.rms,
+            "relative_update_rms": update.relative_rms,
+            "num_tokens": update.num_tokens,
+        }
+
+    def measure(self) -> dict[str, float]:
+        """All ranks: likelihoods and sentinel leak on the validation text; empty without one."""
+        return measure(
+            self.engine,
+            self.validation,
+            objective=self.config.objective,
+            sentinel_ids=self.special.sentinels,
+            vocabulary_size=len(self.source.tokenizer),
+        )
+
+
+def build_run(config: AdaptConfig, ds_config: dict[str, Any] | None) -> AdaptationRun:
+    """All ranks: everything a recipe needs, but for the weights, which `fill` or `restore` reads.
+
+    Raises:
+        ConfigError: the recipe leaves out what its `init` needs, its lengths do not suit its
+            objective, or the world size its batch.
+        DataError: a corpus is missing, damaged, too short, or made with another tokenizer.
+        BackboneError: the checkpoint to start from cannot be used.
+    """
+    check_world(config, ranks.world_size())
+    source = find_source(config)
+    special = ranks.together(lambda: SpecialIds.of(source.tokenizer, config.objective))
+    corpus = _open(config.corpus, source)
+    data = ranks.together(lambda: _data(corpus, special, config))
+    validation = {}
+    if config.validation_corpus:
+        text = _open(config.validation_corpus, source)
+        validation = ranks.together(lambda: _validation(text, special, config))
+    hf_config = source.training_config(config.dropout)
+    return AdaptationRun(
+        config=config,
+        source=source,
+        engine=AdaptationEngine(config, hf_config, ds_config),
+        data=data,
+        validation=validation,
+        corpus_fingerprint=corpus.fingerprint,
+        special=special,
+    )
+
+
+def start(run: AdaptationRun) -> None:
+    """All ranks: read the weights that the run starts from."""
+    run.source.fill(run.engine.layout)
+    run.engine.publish_weights()
+
+
+def save(run: AdaptationRun, store: AdaptationCheckpointStore) -> None:
+    """All ranks: publish weights, optimizer state and cursor."""
+    values = {
+        "seed": run.config.seed,
+        "examples_consumed": run.examples_consumed,
+        "real_tokens": run.real_tokens,
+        "seconds": run.seconds,
+        "num_updates": run.engine.optimizer.num_updates,
+        "corpus_fingerprint": run.corpus_fingerprint,
+        "recipe": _binding(run.config),
+    }
+    store.save(run.step, _state_tensors(run), run.engine.optimizer.small_state(), values)
+
+
+def restore(run: AdaptationRun, found: FoundCheckpoint) -> None:
+    """All ranks: continue from a checkpoint, whatever ranks or ZeRO stage saved it.
+
+    Raises:
+        CheckpointError: it belongs to another recipe or corpus.
+    """
+    ranks.together(lambda: _check_belongs(run, found))
+    optimizer = run.engine.optimizer
+    found.read_into(_state_tensors(run))
+    saved = found.small()
+    for name, values in optimizer.small_state().items():
+        values.copy_(saved[name])
+    run.engine.publish_weights()
+    found.restore_rng()
+    run.step = found.step
+    run.examples_consumed = int(found.state["examples_consumed"])
+    run.real_tokens = int(found.state["real_tokens"])
+    run.seconds = float(found.state["seconds"])
+    optimizer.num_updates = int(found.state["num_updates"])
+
+
+def _state_tensors(run: AdaptationRun) -> dict[str, ShardedTensor]:
+    moments = run.engine.optimizer.sharded_state()
+    return run.engine.layout.weights() | {f"optimizer.{n}": t for n, t in moments.items()}
+
+
+def _binding(config: AdaptConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json", exclude=FREE_TO_CHANGE)
+
+
+def _check_belongs(run: AdaptationRun, found: FoundCheckpoint) -> None:
+    now = _binding(run.config) | {"corpus fingerprint": run.corpus_fingerprint}
+    then = found.state["recipe"] | {"corpus fingerprint": found.state["corpus_fingerprint"]}
+    different = [
+        f"{key}: saved {then.get(key)!r}, now {now.get(key)!r}"
+        for key in now.keys() | then.keys()
+        if now.get(key) != then.get(key)
+    ]
+    if different:
+        raise CheckpointError(
+            f"The checkpoint of step {found.step} belongs to another run: "
+            f"{'; '.join(sorted(different))}. Use the saved values, another --run-dir, or "
+            "--fresh to set the old run aside."
+        )
+
+
+def _open(specs: list[str], source: Source) -> TokenSource:
+    """Rank 0 tokenises what must be; the others find it in the cache, or fill their own node's."""
+
+    def work() -> TokenSource:
+        return open_corpus(specs, source.tokenizer, cache_directory() / "corpora")
+
+    ranks.on_main(lambda: work() and None)
+    return ranks.together(work)
+
+
+def _data(corpus: TokenSource, special: SpecialIds, config: AdaptConfig) -> LMData:
+    data = LMData(corpus, special, config)
+    data.require_rows(config.batch.global_batch_size)
+    return data
+
+
+def _validation(
+    text: TokenSource, special: SpecialIds, config: AdaptConfig
+) -> dict[str, list[RowBatch]]:
+    return {
+        setting.objective: own_share(
+            LMData(text, special, setting).validation_batches(
+                config.evaluation.max_examples, config.batch.micro_batch_size
+            )
+        )
+        for setting in _measured(config, special)
+    }
+
+
+def _measured(config: AdaptConfig, special: SpecialIds) -> Iterator[AdaptConfig]:
+    """The objectives that are measured: of an encoder-decoder both, whichever it trains on."""
+    if config.objective == "lm":
+        yield config
+        return
+    length = config.inputs_length
+    is_prefix = config.objective == "prefix_lm"
+    targets = config.targets_length if is_prefix else length
+    yield config.model_copy(
+        update={"objective": "prefix_lm", "packing": "none", "targets_length": targets}
+    )
+    spans = random_spans_helper(length, config.noise_density, config.mean_noise_span_length)
+    if special.num_sentinels:
+        yield config.model_copy(
+            update={"objective": "span_corruption", "targets_length": spans.num_targets}
+        )

@@ -1,0 +1,170 @@
+"""What an adaptation starts from: a checkpoint of any size, or a new small T5 v1.1."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from softprompt_dist.adapt_config import AdaptConfig
+from softprompt_dist.adaptation.fragments import Layout
+from softprompt_dist.adaptation.sharded_files import read_into
+from softprompt_dist.backbone.checkpoint_reader import CheckpointReader
+from softprompt_dist.backbone.load import (
+    DROPOUT_NAMES,
+    load_tokenizer,
+    locate_backbone,
+    model_config_of,
+)
+from softprompt_dist.backbone.t5_v11 import initial_weights, t5_config
+from softprompt_dist.config import BackboneConfig
+from softprompt_dist.errors import BackboneError, ConfigError
+from softprompt_dist.parallel import ranks
+
+HISTORY = "adaptation.json"
+"""In an exported folder: the stages that it went through."""
+_EMBEDDING, _HEAD = "shared.weight", "lm_head.weight"
+_ENCODER_EMBEDDING = "encoder.embed_tokens.weight"
+_EMBEDDING_ROWS_MULTIPLE = 64
+
+
+@dataclass(frozen=True)
+class Source:
+    """Configuration and tokenizer are here; weights are read when there is a place for them."""
+
+    hf_config: PretrainedConfig
+    """As the source has it."""
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path | None
+    """Of the checkpoint; None: the model is made from nothing."""
+    seed: int
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The stages that the checkpoint went through, where it says so."""
+        path = self.folder / HISTORY if self.folder else None
+        if path is None or not path.is_file():
+            return []
+        return list(json.loads(path.read_text(encoding="utf-8")))
+
+    def training_config(self, dropout: float) -> PretrainedConfig:
+        """The configuration with the dropout that is trained with."""
+        changed = copy.deepcopy(self.hf_config)
+        for name in DROPOUT_NAMES:
+            if isinstance(getattr(changed, name, None), int | float):
+                setattr(changed, name, dropout)
+        return changed
+
+    def fill(self, layout: Layout) -> None:
+        """All ranks: put the weights where `layout` has room for them.
+
+        Raises:
+            BackboneError: on all ranks; the checkpoint is damaged, incomplete or of another shape.
+        """
+        if self.folder is None:
+            _copy_into(layout, initial_weights(self.hf_config, self.seed))
+            return
+        folder = self.folder
+        names = ranks.together(lambda: _stored_names(folder, layout, self.hf_config))
+        read_into(folder, layout.weights(), names)
+
+
+def find_source(config: AdaptConfig) -> Source:
+    """All ranks: what a recipe starts from; rank 0 fetches it where needed.
+
+    Raises:
+        ConfigError: the recipe leaves out what its `init` needs, or its objective does not suit
+            the model.
+        BackboneError: no such checkpoint, no usable tokenizer, or a model that is not T5 v1.1 or
+            decoder-only.
+    """
+    folder = _folder(config)
+    tokenizer_folder = Path(config.tokenizer) if config.tokenizer else folder
+    assert tokenizer_folder is not None
+    tokenizer = ranks.together(lambda: load_tokenizer(tokenizer_folder))
+    if folder is None:
+        rows = -(-len(tokenizer) // _EMBEDDING_ROWS_MULTIPLE) * _EMBEDDING_ROWS_MULTIPLE
+        hf_config = t5_config(config.architecture, rows)
+    else:
+        hf_config = ranks.together(lambda: _checked_config(folder))
+    source = Source(hf_config, tokenizer, folder, config.seed)
+    ranks.together(lambda: _check_fits(config, source))
+    return source
+
+
+def _folder(config: AdaptConfig) -> Path | None:
+    if config.init == "from_config":
+        if config.tokenizer is None:
+            raise ConfigError(
+                "init is from_config, so `tokenizer` must name a T5 tokenizer folder."
+            )
+        return None
+    if config.backbone is None:
+        raise ConfigError(
+            "init is from_checkpoint, so `backbone` must name a checkpoint: "
+            "--set backbone=google/t5-v1_1-base, or a folder."
+        )
+    return locate_backbone(BackboneConfig(path=config.backbone))
+
+
+def _checked_config(folder: Path) -> PretrainedConfig:
+    hf_config = model_config_of(folder)
+    if not hf_config.is_encoder_decoder:
+        return hf_config
+    reader = CheckpointReader(folder)
+    has_own_head = _HEAD in reader.shapes
+    reader.close()
+    if hf_config.model_type not in ("t5", "mt5") or not hf_config.is_gated_act or not has_own_head:
+        raise BackboneError(
+            f"{folder} is not a whole T5 v1.1 (gated feed-forward, a head of its own; found type "
+            f"{hf_config.model_type}, activation {getattr(hf_config, 'feed_forward_proj', '?')}, "
+            f"{'a' if has_own_head else 'no'} head). Set `backbone` to a T5 v1.1, LM-adapted or "
+            "decoder-only checkpoint."
+        )
+    return hf_config
+
+
+def _check_fits(config: AdaptConfig, source: Source) -> None:
+    is_lm, is_seq2seq = config.objective == "lm", source.hf_config.is_encoder_decoder
+    if is_lm == is_seq2seq:
+        kind = "an encoder-decoder" if is_seq2seq else "decoder-only"
+        fitting = "prefix_lm or span_corruption" if is_seq2seq else "lm"
+        raise ConfigError(
+            f"objective is {config.objective}, but {config.backbone or 'the model'} is {kind}. "
+            f"Set objective to {fitting}, or another backbone."
+        )
+    num_rows = source.hf_config.vocab_size
+    if len(source.tokenizer) > num_rows:
+        raise ConfigError(
+            f"The tokenizer has {len(source.tokenizer)} pieces, but the model's embedding only "
+            f"{num_rows} rows. Set `tokenizer` to the one that belongs to the model."
+        )
+
+
+def _stored_names(folder: Path, layout: Layout, hf_config: PretrainedConfig) -> dict[str, str]:
+    """Names of ours that the checkpoint has under others: older ones, or without the prefix."""
+    reader = CheckpointReader(folder)
+    stored = reader.shapes.keys()
+    reader.close()
+    found = {}
+    for name in (fragment.name for _, fragment in layout.fragments()):
+        bare = name.split(".", 1)[-1]
+        if name == _EMBEDDING and name not in stored and _ENCODER_EMBEDDING in stored:
+            found[name] = _ENCODER_EMBEDDING
+        elif name not in stored and bare in stored and not hf_config.is_encoder_decoder:
+            found[name] = bare
+    return found
+
+
+@torch.no_grad()
+def _copy_into(layout: Layout, weights: dict[str, Tensor]) -> None:
+    for name, tensor in layout.weights().items():
+        for piece in tensor.pieces:
+            values = weights[name].reshape(-1)
+            piece.values.copy_(values[piece.first : piece.first + len(piece.values)])
