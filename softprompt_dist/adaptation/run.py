@@ -146,8 +146,7 @@ def save(run: AdaptationRun, store: AdaptationCheckpointStore) -> None:
         "real_tokens": run.real_tokens,
         "seconds": run.seconds,
         "num_updates": run.engine.optimizer.num_updates,
-        "corpus_fingerprint": run.corpus_fingerprint,
-        "recipe": _binding(run.config),
+        "decisive": decisive_settings(run),
     }
     store.save(run.step, _state_tensors(run), run.engine.optimizer.small_state(), values)
 
@@ -178,22 +177,23 @@ def _state_tensors(run: AdaptationRun) -> dict[str, ShardedTensor]:
     return run.engine.layout.weights() | {f"optimizer.{n}": t for n, t in moments.items()}
 
 
-def _binding(config: AdaptConfig) -> dict[str, Any]:
-    return config.model_dump(mode="json", exclude=FREE_TO_CHANGE)
+def decisive_settings(run: AdaptationRun) -> dict[str, Any]:
+    """Everything that decides what is learned, but for the number of steps."""
+    recipe = run.config.model_dump(mode="json", exclude=FREE_TO_CHANGE)
+    return recipe | {"corpus fingerprint": run.corpus_fingerprint}
 
 
 def _check_belongs(run: AdaptationRun, found: FoundCheckpoint) -> None:
-    now = _binding(run.config) | {"corpus fingerprint": run.corpus_fingerprint}
-    then = found.state["recipe"] | {"corpus fingerprint": found.state["corpus_fingerprint"]}
+    now, then = decisive_settings(run), found.state["decisive"]
     different = [
         f"{key}: saved {then.get(key)!r}, now {now.get(key)!r}"
-        for key in now.keys() | then.keys()
+        for key in sorted(now.keys() | then.keys())
         if now.get(key) != then.get(key)
     ]
     if different:
         raise CheckpointError(
             f"The checkpoint of step {found.step} belongs to another run: "
-            f"{'; '.join(sorted(different))}. Use the saved values, another --run-dir, or "
+            f"{'; '.join(different)}. Use the saved values, another --run-dir, or "
             "--fresh to set the old run aside."
         )
 

@@ -10,7 +10,12 @@ from typing import Any
 from softprompt_dist.adapt_config import AdaptConfig
 from softprompt_dist.adaptation.checkpoint import AdaptationCheckpointStore
 from softprompt_dist.adaptation.curves import draw_curves
-from softprompt_dist.adaptation.exporting import check_free, export_run
+from softprompt_dist.adaptation.exporting import (
+    check_ahead,
+    check_free,
+    export_run,
+    folder_of,
+)
 from softprompt_dist.adaptation.peak import Peak, find_peak
 from softprompt_dist.adaptation.run import AdaptationRun, build_run, restore, save, start
 from softprompt_dist.adaptation.stop_request import StopRequest
@@ -57,12 +62,13 @@ def adapt(
     if found is not None and found.step > config.steps:
         raise _steps_done(found.step, config)
     if found is None:
-        ranks.on_main(lambda: check_free(config, directory.path))
+        check_free(config, directory.path)
     run = build_run(config, ds_config)
     if found is None:
         start(run)
     else:
         restore(run, found)
+    check_ahead(run, directory.path)
     directory.record(to_yaml(config), describe_environment(), _data_record(run))
     with (
         Journal(directory, config.steps, start_step=run.step, shown=SHOWN_WHILE_TRAINING) as journal,
@@ -115,7 +121,7 @@ class _Session:
             self._measure()
         if run.step == config.steps:
             self.journal.say(f"All {config.steps} steps are done; nothing is trained.")
-            self._export_last()
+            self._export()
         while run.step < config.steps:
             metrics = self._update(batches, throughput)
             is_last = run.step == config.steps
@@ -129,10 +135,8 @@ class _Session:
                 run.step in config.export.steps
             ):
                 save(run, self.store)
-            if is_last:
-                self._export_last()
-            elif run.step in config.export.steps:
-                self._export(self.directory.path / f"export-step-{run.step:08d}")
+            if is_last or run.step in config.export.steps:
+                self._export()
             if stopping and not is_last:
                 self.journal.say(
                     f"Asked to stop; saved after step {run.step}. The same command continues."
@@ -164,10 +168,8 @@ class _Session:
         draw_curves(self.directory)
         return self.measured[1]
 
-    def _export_last(self) -> None:
-        self._export(self.directory.path / "export")
-
-    def _export(self, folder: Path) -> None:
+    def _export(self) -> None:
+        folder = folder_of(self.directory.path, self.config, self.run.step)
         for written in export_run(self.run, folder, self._measure()):
             self.journal.say(f"Exported to {written}.")
 
