@@ -9,11 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from softprompt_dist.adapt_config import AdaptConfig
+from softprompt_dist.config import TuneConfig
 from softprompt_dist.errors import ConfigError
 from softprompt_dist.recipe import apply_override, check_values, read_recipe
 
 STAGES = "stages"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")
+
+
+def is_adaptation(recipe: str, overrides: Sequence[str] = ()) -> bool:
+    """Whether a recipe is one of `softprompt adapt`, by the keys that it and overrides set.
+
+    Raises:
+        ConfigError: the recipe cannot be read.
+    """
+    keys = {*read_recipe(recipe), *(re.split(r"[.=]", each)[0] for each in overrides)}
+    adapt, tune = {STAGES, *AdaptConfig.model_fields}, set(TuneConfig.model_fields)
+    return len(keys & (adapt - tune)) > len(keys & (tune - adapt))
 
 
 def load_stages(
@@ -25,13 +37,15 @@ def load_stages(
     changes all stages, `--set stages.NAME.key=value` one.
 
     Raises:
-        ConfigError: the recipe cannot be read, or any key or value of any stage is wrong.
+        ConfigError: the recipe cannot be read, any key or value of any stage is wrong, or the first
+            does not say what it starts from.
     """
     values = read_recipe(recipe)
     own = [o for o in overrides if o.startswith(f"{STAGES}.")]
     common = [o for o in overrides if o not in own]
     if STAGES not in values:
         config = check_values(AdaptConfig, values, overrides, name=recipe)
+        check_start(config)
         folder = run_directory or config.run_directory or f"runs/{config.name}"
         return [config.model_copy(update={"run_directory": folder})]
     names = _checked_names(recipe, values[STAGES])
@@ -50,7 +64,26 @@ def load_stages(
             check_values(AdaptConfig, merged, common, name=f"Stage {name!r} of {recipe}")
         )
         previous = folder / name
+    check_start(configs[0])
     return configs
+
+
+def check_start(config: AdaptConfig) -> None:
+    """Whether the recipe says what the model is made of.
+
+    Raises:
+        ConfigError: it leaves out what its `init` needs.
+    """
+    if config.init == "from_checkpoint" and config.backbone is None:
+        raise ConfigError(
+            "init is from_checkpoint, so `backbone` must name a checkpoint: "
+            "--set backbone=google/t5-v1_1-base, or a folder."
+        )
+    if config.init == "from_config" and config.tokenizer is None:
+        raise ConfigError(
+            "init is from_config, so `tokenizer` must name a T5 tokenizer folder: "
+            "--set tokenizer=FOLDER."
+        )
 
 
 def choose_stages(configs: Sequence[AdaptConfig], name: str | None) -> list[AdaptConfig]:
@@ -72,7 +105,9 @@ def _checked_names(recipe: str, stages: Any) -> list[str]:
             f"{recipe}: `{STAGES}` must be a mapping of names to the keys of each stage."
         )
     wrong = [name for name in stages if not _NAME.fullmatch(str(name))]
-    wrong += [n for n, keys in stages.items() if not isinstance(keys, dict | None) and n not in wrong]
+    wrong += [
+        n for n, keys in stages.items() if not isinstance(keys, dict | None) and n not in wrong
+    ]
     if wrong:
         raise ConfigError(
             f"{recipe}: {', '.join(map(repr, wrong))} is no stage: a name of letters, digits, `-` "

@@ -138,12 +138,22 @@ def _describe(kind: type[Section], error: Any) -> str:
         close = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.4)
         nearest = f" Did you mean {close[0]!r}?" if close else ""
         return f"Unknown key {name!r}.{nearest} Known keys here: {', '.join(valid)}."
+    if error["type"] == "missing":
+        return _describe_missing(kind, location)
     message = error["msg"].removeprefix("Value error, ")
-    value = f" (found {error['input']!r})" if name and error["type"] != "missing" else ""
+    value = f" (found {error['input']!r})" if name else ""
     hint = (
         " fp16 breaks T5 (its activations overflow); use bf16." if error["input"] == "fp16" else ""
     )
     return f"{name + ': ' if name else ''}{message}{value}{hint}"
+
+
+def _describe_missing(kind: type[Section], location: Sequence[str]) -> str:
+    name = ".".join(location)
+    field = _section_at(kind, location[:-1]).model_fields.get(location[-1])
+    value = "'[...]'" if field and get_origin(field.annotation) is list else "..."
+    meaning = f" {' '.join(field.description.split())}" if field and field.description else ""
+    return f"{name} is missing. Add it to the recipe, or --set {name}={value}.{meaning}"
 
 
 def _section_at(kind: type[Section], location: Sequence[str]) -> type[Section]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from softprompt_dist.adapt_config import AdaptConfig
+from softprompt_dist.adapt_stages import check_start
 from softprompt_dist.adaptation.fragments import Layout
 from softprompt_dist.adaptation.sharded_files import read_into
 from softprompt_dist.backbone.checkpoint_reader import CheckpointReader
@@ -99,17 +100,10 @@ def find_source(config: AdaptConfig) -> Source:
 
 
 def _folder(config: AdaptConfig) -> Path | None:
+    check_start(config)
     if config.init == "from_config":
-        if config.tokenizer is None:
-            raise ConfigError(
-                "init is from_config, so `tokenizer` must name a T5 tokenizer folder."
-            )
         return None
-    if config.backbone is None:
-        raise ConfigError(
-            "init is from_checkpoint, so `backbone` must name a checkpoint: "
-            "--set backbone=google/t5-v1_1-base, or a folder."
-        )
+    assert config.backbone is not None
     return locate_backbone(BackboneConfig(path=config.backbone))
 
 
