@@ -46,15 +46,16 @@ def load_stages(
     if STAGES not in values:
         config = check_values(AdaptConfig, values, overrides, name=recipe)
         check_start(config)
-        folder = run_directory or config.run_directory or f"runs/{config.name}"
-        return [config.model_copy(update={"run_directory": folder})]
+        own_folder = run_directory or config.run_directory or f"runs/{config.name}"
+        return [config.model_copy(update={"run_directory": own_folder})]
     names = _checked_names(recipe, values[STAGES])
     for override in own:
         _check_stage(override.split(".")[1], names)
         apply_override(values, override)
     stages = values.pop(STAGES)
     folder = Path(run_directory or values.get("run_directory") or f"runs/{values.get('name')}")
-    configs, previous = [], None
+    configs: list[AdaptConfig] = []
+    previous: Path | None = None
     for name in names:
         merged = _merged(values, stages[name] or {}) | {"run_directory": str(folder / name)}
         merged["name"] = f"{values.get('name', 'adapt')}-{name}"

@@ -12,7 +12,6 @@ from softprompt_dist.adaptation.export import ExportedModel, check_export_folder
 from softprompt_dist.adaptation.model_card import Stage, identity_of
 from softprompt_dist.adaptation.run import AdaptationRun, decisive_settings
 from softprompt_dist.errors import ConfigError
-from softprompt_dist.parallel import ranks
 
 LAST = "export"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -24,22 +23,18 @@ def folder_of(run_folder: Path, config: AdaptConfig, step: int) -> Path:
 
 
 def check_free(config: AdaptConfig, run_folder: Path) -> None:
-    """All ranks: that a run that begins finds no export of another one in its way.
+    """That a run that begins finds no export of another one in its way; no collective.
 
     Raises:
-        ConfigError: on all ranks; an export folder is there and not empty.
+        ConfigError: an export folder is there and not empty.
     """
-
-    def check() -> None:
-        for step in (*config.export.steps, config.steps):
-            for folder, _ in _targets(folder_of(run_folder, config, step), config):
-                if folder.is_dir() and any(folder.iterdir()):
-                    raise ConfigError(
-                        f"{folder} is not empty, but the run has no checkpoint that it could be "
-                        "the export of. Remove or rename it, or pass another --run-dir."
-                    )
-
-    ranks.on_main(check)
+    for step in (*config.export.steps, config.steps):
+        for folder, _ in _targets(folder_of(run_folder, config, step), config):
+            if folder.is_dir() and any(folder.iterdir()):
+                raise ConfigError(
+                    f"{folder} is not empty, but the run has no checkpoint that it could be "
+                    "the export of. Remove or rename it, or pass another --run-dir."
+                )
 
 
 def check_ahead(run: AdaptationRun, run_folder: Path) -> None:

@@ -62,7 +62,7 @@ def adapt(
     if found is not None and found.step > config.steps:
         raise _steps_done(found.step, config)
     if found is None:
-        check_free(config, directory.path)
+        ranks.on_main(lambda: check_free(config, directory.path))
     run = build_run(config, ds_config)
     if found is None:
         start(run)

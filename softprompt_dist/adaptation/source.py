@@ -86,16 +86,26 @@ def find_source(config: AdaptConfig) -> Source:
             decoder-only.
     """
     folder = _folder(config)
+    return ranks.together(lambda: source_in(folder, config))
+
+
+def source_in(folder: Path | None, config: AdaptConfig) -> Source:
+    """What `find_source` finds, once the checkpoint's files are here; no collective.
+
+    Raises:
+        ConfigError: as `find_source`.
+        BackboneError: as `find_source`.
+    """
     tokenizer_folder = Path(config.tokenizer) if config.tokenizer else folder
     assert tokenizer_folder is not None
-    tokenizer = ranks.together(lambda: load_tokenizer(tokenizer_folder))
+    tokenizer = load_tokenizer(tokenizer_folder)
     if folder is None:
         rows = -(-len(tokenizer) // _EMBEDDING_ROWS_MULTIPLE) * _EMBEDDING_ROWS_MULTIPLE
         hf_config = t5_config(config.architecture, rows)
     else:
-        hf_config = ranks.together(lambda: _checked_config(folder))
+        hf_config = _checked_config(folder)
     source = Source(hf_config, tokenizer, folder, config.seed)
-    ranks.together(lambda: _check_fits(config, source))
+    _check_fits(config, source)
     return source
 
 
