@@ -159,14 +159,10 @@ def build_optimizer(config: AdaptConfig, parameters: list[nn.Parameter]) -> Shar
     if config.optimizer == "adafactor":
         return ShardedAdafactor(parameters, lr=0.0, weight_decay=config.weight_decay)
     scaled = config.optimizer == "rms_scaled_adamw"
-    return ShardedAdamW(
-        parameters, lr=0.0, rms_scaled=scaled, weight_decay=config.weight_decay
-    )
+    return ShardedAdamW(parameters, lr=0.0, rms_scaled=scaled, weight_decay=config.weight_decay)
 
 
-def _build(
-    config: AdaptConfig, hf_config: PretrainedConfig, settings: dict[str, Any]
-) -> LossModel:
+def _build(config: AdaptConfig, hf_config: PretrainedConfig, settings: dict[str, Any]) -> LossModel:
     """The model without weights: in memory that is not written yet, or sharded as it is made."""
     from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -93,10 +93,20 @@ def engine_config(
         # At stage 0 weights stay in fp32 and products are made in bf16 by autocast.
         "bf16": {"enabled": config.dtype == "bf16" and stage > 0},
     }
-    if settings["bf16"]["enabled"] and stage > 1 and "data_types" not in base:
+    if settings["bf16"]["enabled"] and "data_types" not in base:
         # bf16 has 8 bits: the sum of tens of micro-batches would lose what the later ones add.
-        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        # At stage 1 fp32 sums would be whole on every rank.
+        settings["data_types"] = {"grad_accum_dtype": gradient_sums(config, base)}
     return base | settings
+
+
+def gradient_sums(config: AdaptConfig, values: dict[str, Any] | None) -> Literal["fp32", "bf16"]:
+    """What DeepSpeed adds the gradients of an update's micro-batches up in."""
+    if config.dtype == "fp32" or config.engine.zero_stage == 0:
+        return "fp32"
+    default = "fp32" if config.engine.zero_stage > 1 else "bf16"
+    told = (values or {}).get("data_types", {"grad_accum_dtype": default})
+    return "fp32" if told.get("grad_accum_dtype") == "fp32" else "bf16"
 
 
 def _problems(values: dict[str, Any]) -> list[str]:

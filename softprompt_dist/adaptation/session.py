@@ -71,7 +71,9 @@ def adapt(
     check_ahead(run, directory.path)
     directory.record(to_yaml(config), describe_environment(), _data_record(run))
     with (
-        Journal(directory, config.steps, start_step=run.step, shown=SHOWN_WHILE_TRAINING) as journal,
+        Journal(
+            directory, config.steps, start_step=run.step, shown=SHOWN_WHILE_TRAINING
+        ) as journal,
         StopRequest() as stop,
         run.batches() as batches,
     ):
@@ -114,8 +116,8 @@ class _Session:
     def train(self, batches: BatchStream) -> None:
         """All ranks: updates up to the last step, or until a stop is asked for."""
         run, config = self.run, self.config
-        peak = find_peak(_dtype(config))
-        throughput = Throughput(_operations(run), peak) if _operations(run) else None
+        peak, operations = find_peak(_dtype(config)), _operations(run)
+        throughput = None if operations is None else Throughput(operations, peak)
         self.journal.say(_headline(run, peak))
         if run.step == 0:
             self._measure()
@@ -131,8 +133,11 @@ class _Session:
             if run.step % config.evaluation.every_steps == 0 or is_last:
                 self._measure()
             stopping = self.stop.agreed()
-            if stopping or is_last or run.step % config.checkpoint.every_steps == 0 or (
-                run.step in config.export.steps
+            if (
+                stopping
+                or is_last
+                or run.step % config.checkpoint.every_steps == 0
+                or (run.step in config.export.steps)
             ):
                 save(run, self.store)
             if is_last or run.step in config.export.steps:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class ShardedAdafactor(ShardedOptimizer):
         epsilon: added to squared gradients.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the hyperparameters of the original
         self,
         parameters: Iterable[nn.Parameter],
         lr: float,
@@ -64,7 +65,8 @@ class ShardedAdafactor(ShardedOptimizer):
         beta2 = second_moment_decay(self.num_updates - 1, group["decay_rate"])
         sums = self._summed(flat, fragments)
         for fragment, of_parameter in zip(fragments, sums, strict=True):
-            self._normalise(flat, fragment, of_parameter, state, beta2, group["epsilon"])
+            update_of = _Statistics(of_parameter, state, beta2, group["epsilon"])
+            _normalise(fragment, fragment.of(_gradient(flat)), update_of)
         grad = _gradient(flat)
         squared = self.sum_over_ranks(torch.stack([squared_sum(f.of(grad)) for f in fragments]))
         updates, weights = squared.tolist(), torch.stack([s[-1] for s in sums]).tolist()
@@ -122,8 +124,9 @@ class ShardedAdafactor(ShardedOptimizer):
         return state
 
     def _summed(self, flat: Tensor, fragments: list[Fragment]) -> list[Tensor]:
-        """Of each parameter, over all ranks: squared gradients by row and by column, if factored,
-        and last the sum of squared weights.
+        """Of each parameter, over all ranks: last the sum of squared weights.
+
+        Before it, where it is factored, the sums of squared gradients of each row and each column.
         """
         sizes = [_num_sums(fragment) for fragment in fragments]
         buffer = flat.new_zeros(sum(sizes), requires_grad=False)
@@ -138,31 +141,35 @@ class ShardedAdafactor(ShardedOptimizer):
                     sums[rows:-1][block.column_range] += square.sum(dim=0)
         return list(self.sum_over_ranks(buffer).split(sizes))
 
-    def _normalise(
-        self,
-        flat: Tensor,
-        fragment: Fragment,
-        sums: Tensor,
-        state: dict[str, Any],
-        beta2: float,
-        epsilon: float,
-    ) -> None:
-        """Make the gradient the update: over the root of its second moment, brought up to date."""
-        gradient = fragment.of(_gradient(flat))
-        if not is_factored(fragment.shape):
-            moment = state["moments"][fragment.name]
-            moment.mul_(beta2).addcmul_(gradient, gradient, value=1.0 - beta2)
-            moment.add_(epsilon * (1.0 - beta2))
-            gradient.mul_(moment.rsqrt())
-            return
-        num_rows, num_columns = fragment.shape
-        row, column = state["factors"][fragment.name]
-        row.mul_(beta2).add_(sums[:num_rows] / num_columns + epsilon, alpha=1.0 - beta2)
-        column.mul_(beta2).add_(sums[num_rows:-1] / num_rows + epsilon, alpha=1.0 - beta2)
-        row_factor, column_factor = (row / row.mean()).rsqrt(), column.rsqrt()
-        for block in blocks(fragment):
-            values = block.of(gradient)
-            values.mul_(row_factor[block.row_range, None]).mul_(column_factor[block.column_range])
+
+@dataclass(frozen=True)
+class _Statistics:
+    """What one parameter's update takes, besides its gradient."""
+
+    sums: Tensor
+    """Over all ranks; see `_summed`."""
+    state: dict[str, Any]
+    beta2: float
+    epsilon: float
+
+
+def _normalise(fragment: Fragment, gradient: Tensor, given: _Statistics) -> None:
+    """Make the gradient the update: over the root of its second moment, brought up to date."""
+    beta2, epsilon = given.beta2, given.epsilon
+    if not is_factored(fragment.shape):
+        moment = given.state["moments"][fragment.name]
+        moment.mul_(beta2).addcmul_(gradient, gradient, value=1.0 - beta2)
+        moment.add_(epsilon * (1.0 - beta2))
+        gradient.mul_(moment.rsqrt())
+        return
+    num_rows, num_columns = fragment.shape
+    row, column = given.state["factors"][fragment.name]
+    row.mul_(beta2).add_(given.sums[:num_rows] / num_columns + epsilon, alpha=1.0 - beta2)
+    column.mul_(beta2).add_(given.sums[num_rows:-1] / num_rows + epsilon, alpha=1.0 - beta2)
+    row_factor, column_factor = (row / row.mean()).rsqrt(), column.rsqrt()
+    for block in blocks(fragment):
+        values = block.of(gradient)
+        values.mul_(row_factor[block.row_range, None]).mul_(column_factor[block.column_range])
 
 
 def is_factored(shape: tuple[int, ...]) -> bool:

@@ -28,7 +28,7 @@ class ShardedAdamW(ShardedOptimizer):
     of ranks. Weight decay is multiplied by the plain learning rate.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the hyperparameters of the original
         self,
         parameters: Iterable[nn.Parameter],
         lr: float,

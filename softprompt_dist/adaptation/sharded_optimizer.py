@@ -137,7 +137,7 @@ class Block:
 
 
 def blocks(fragment: Fragment) -> Iterator[Block]:
-    """A matrix's fragment as rectangles: perhaps the end of a row, whole rows, a row's beginning."""
+    """A matrix's fragment as rectangles: perhaps a row's end, whole rows, a row's beginning."""
     width = fragment.shape[1]
     done = 0
     while done < fragment.size:

@@ -145,8 +145,8 @@ def _check_zero(zero: dict[str, Any]) -> None:
     except ValidationError as error:
         known = [f.alias or n for n, f in DeepSpeedZeroConfig.model_fields.items()]
         problems = [
-            f"\n  - zero_optimization.{_reason(problem)}{similar_key(str(problem['loc'][-1]), known)}"
-            for problem in error.errors()
+            f"\n  - zero_optimization.{_reason(e)}{similar_key(str(e['loc'][-1]), known)}"
+            for e in error.errors()
         ]
         raise ConfigError("ds_config: DeepSpeed refuses" + "".join(problems)) from error
 
