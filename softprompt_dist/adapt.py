@@ -62,12 +62,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Numbers too small to matter slow a CPU down tenfold.
     torch.set_flush_denormal(True)
     for config in stages:
-        _run(config, options)
+        if not _run(config, options):
+            break
         gc.collect()
     leave_world()
 
 
-def _run(config: AdaptConfig, options: argparse.Namespace) -> None:
+def _run(config: AdaptConfig, options: argparse.Namespace) -> bool:
+    """All ranks: one stage; whether the next may begin."""
     from softprompt_dist.adaptation.engine_config import apply_ds_config, read_ds_config
     from softprompt_dist.adaptation.session import adapt, export_newest
     from softprompt_dist.parallel import ranks
@@ -78,8 +80,8 @@ def _run(config: AdaptConfig, options: argparse.Namespace) -> None:
         config = ranks.together(lambda: apply_ds_config(config, ds_config))
     if options.export:
         export_newest(config, ds_config, Path(options.export))
-    else:
-        adapt(config, ds_config, fresh=options.fresh, must_resume=options.resume)
+        return True
+    return adapt(config, ds_config, fresh=options.fresh, must_resume=options.resume)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def adapt(
     *,
     fresh: bool = False,
     must_resume: bool = False,
-) -> None:
+) -> bool:
     """All ranks: one run, from recipe to export, continuing where an earlier attempt stopped.
 
     Args:
@@ -47,6 +47,9 @@ def adapt(
         ds_config: engine plumbing as it was read, or None for ours.
         fresh: set the directory's checkpoints aside first.
         must_resume: refuse to start at step 0.
+
+    Returns:
+        Whether all steps are done; not where a stop was asked for.
 
     Raises:
         SoftpromptError: anything in the recipe, corpus, backbone or machine that cannot work.
@@ -78,6 +81,7 @@ def adapt(
         run.batches() as batches,
     ):
         _Session(run, store, directory, journal, stop).train(batches)
+    return run.step == config.steps
 
 
 def export_newest(config: AdaptConfig, ds_config: dict[str, Any] | None, folder: Path) -> None:
