@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from softprompt_dist.section import BatchConfig, CheckpointConfig, NotNegative, Positive, Section
 
@@ -29,6 +29,15 @@ class EngineConfig(Section):
     """cpu: fp32 weights and optimizer state in the node's memory (stages 1 to 3)."""
     activation_checkpointing: bool = False
     """Keep only each layer's input and compute the rest again in the backward pass."""
+
+    @model_validator(mode="after")
+    def _check_offloading(self) -> EngineConfig:
+        if self.offload_optimizer != "none" and self.zero_stage == 0:
+            raise ValueError(
+                f"offload_optimizer is {self.offload_optimizer!r}, but zero_stage is 0; it needs "
+                "stage 1, 2 or 3. Set zero_stage=2, or offload_optimizer=none."
+            )
+        return self
 
 
 class AdaptEvaluationConfig(Section):

@@ -2,8 +2,8 @@
 
 softprompt doctor --recipe t5-base-sst2 --ranks 2
 
-Takes the recipe options of `softprompt train`, so that the command to be run can be tried as it
-is. Under a launcher the collectives span its ranks, and every node checks itself.
+Takes the recipe options of `softprompt train` and `adapt`, so that the command to be run can be
+tried as it is. Under a launcher the collectives span its ranks, and every node checks itself.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def build_parser() -> VerbParser:
         "fails.",
     )
     parser.add_recipe_options()
+    parser.add_argument("--stage", metavar="NAME", help="of an adaptation, this one only")
     parser.add_argument(
         "--ranks",
         type=int,
@@ -123,11 +124,14 @@ def job_findings(job: Job, world: World) -> list[Finding]:
     from softprompt_dist.checks.job import check_world_size
     from softprompt_dist.checks.room import check_room
 
-    if job.config is None:
-        return []
-    findings = [*check_world_size(job, world.size), *job_files.check_files(job.config)]
-    if job.backbone is None:
+    findings = check_world_size(job, world.size)
+    if job.stages:
+        from softprompt_dist.checks.adaptation import check_adaptation
+
+        return findings + check_adaptation(job, world)
+    if job.config is None or job.backbone is None:
         return findings
+    findings += job_files.check_files(job.config)
     folder, found = job_files.find_backbone(job.backbone)
     findings += found
     if folder is None:

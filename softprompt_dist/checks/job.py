@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import re
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from softprompt_dist.adapt_config import AdaptConfig
+from softprompt_dist.adapt_stages import choose_stages, is_adaptation, load_stages
 from softprompt_dist.checks.finding import Finding
 from softprompt_dist.config import BackboneConfig, TuneConfig
 from softprompt_dist.errors import ConfigError
-from softprompt_dist.recipe import load_recipe, resolve_recipe
 
 _OF_BITSANDBYTES = ("llm_int8", "nf4")
 
@@ -21,25 +23,23 @@ class Job:
     """What is going to run; without a recipe, nothing is known of it but where it writes."""
 
     run_directory: Path
-    config: TuneConfig | AdaptConfig | None = None
+    config: TuneConfig | None = None
+    stages: tuple[AdaptConfig, ...] = ()
+    """Of an adaptation, in place of `config`; the ds_config has had its say."""
+    ds_config: dict[str, Any] | None = None
+    """Of an adaptation, as it was read."""
 
     @property
     def backbone(self) -> BackboneConfig | None:
-        """How the model is found and held; None where nothing is loaded."""
-        if isinstance(self.config, TuneConfig):
-            return self.config.backbone
-        if self.config is not None and self.config.init == "from_checkpoint":
-            return BackboneConfig(
-                path=self.config.backbone or "", sharding="replicated", dtype=self.config.dtype
-            )
-        return None
+        """How the frozen model is found and held; None where none is loaded."""
+        return self.config.backbone if self.config else None
 
     @property
     def may_use_bf16(self) -> bool:
         """Whether it computes in bf16, as far as is known."""
-        if isinstance(self.config, TuneConfig):
-            return self.config.backbone.dtype == "bf16"
-        return self.config is None or self.config.dtype == "bf16"
+        if self.backbone is not None:
+            return self.backbone.dtype == "bf16"
+        return not self.stages or any(stage.dtype == "bf16" for stage in self.stages)
 
     @property
     def needs_bitsandbytes_for(self) -> str | None:
@@ -64,10 +64,16 @@ def read_job(options: argparse.Namespace) -> Job:
         ConfigError: the recipe, an override or the ds_config is wrong.
     """
     if options.recipe is None:
-        if options.overrides or options.deepspeed_config:
-            raise ConfigError("--set and --deepspeed_config belong to a recipe: give --recipe.")
+        if options.overrides or options.deepspeed_config or options.stage:
+            raise ConfigError(
+                "--set, --stage and --deepspeed_config belong to a recipe: give --recipe."
+            )
         return Job(Path(options.run_dir or "runs"))
-    config = _adapt_config(options) if _is_adaptation(options.recipe) else _tune_config(options)
+    if is_adaptation(options.recipe, options.overrides):
+        return _adaptation(options)
+    if options.stage:
+        raise ConfigError(f"--stage {options.stage}: {options.recipe} has no stages. Leave it out.")
+    config = _tune_config(options)
     return Job(Path(options.run_dir or config.run_directory or f"runs/{config.name}"), config)
 
 
@@ -78,46 +84,61 @@ def check_recipe(options: argparse.Namespace) -> tuple[Job, list[Finding]]:
     except ConfigError as error:
         job = Job(Path(options.run_dir or "runs"))
         return job, [Finding("recipe", "fail", str(options.recipe), str(error))]
-    if job.config is None:
-        return job, []
-    kind = "train" if isinstance(job.config, TuneConfig) else "adapt"
-    return job, [Finding("recipe", "ok", f"{job.config.name}, for softprompt {kind}")]
+    if job.config is not None:
+        return job, [Finding("recipe", "ok", f"{job.config.name}, for softprompt train")]
+    names = ", then ".join(stage.name for stage in job.stages)
+    return job, [Finding("recipe", "ok", f"{names}, for softprompt adapt")] if names else []
 
 
 def check_world_size(job: Job, world_size: int) -> list[Finding]:
     """Whether so many ranks can deal the global batch out evenly."""
+    if job.config is not None:
+        return [_batch_finding(job.config, world_size)]
+    return told_once(job.stages, lambda stage: [_batch_finding(stage, world_size)])
+
+
+def told_once(
+    stages: Sequence[AdaptConfig], check: Callable[[AdaptConfig], Sequence[Finding]]
+) -> list[Finding]:
+    """What a check finds in each stage; what not all find alike bears the names of those."""
+    told: dict[Finding, list[str]] = {}
+    for stage in stages:
+        for finding in check(stage):
+            told.setdefault(finding, []).append(Path(str(stage.run_directory)).name)
+    return [
+        finding
+        if len(names) == len(stages)
+        else dataclasses.replace(finding, name=f"{finding.name} of {', '.join(names)}")
+        for finding, names in told.items()
+    ]
+
+
+def _batch_finding(config: TuneConfig | AdaptConfig, world_size: int) -> Finding:
     from softprompt_dist.run.tuning import check_world
 
-    if job.config is None:
-        return []
-    batch = job.config.batch
+    batch = config.batch
     found = (
         f"{world_size} rank(s) x {batch.micro_batch_size} rows, {batch.global_batch_size} rows a "
         "step"
     )
     try:
-        check_world(job.config, world_size)
+        check_world(config, world_size)
     except ConfigError as error:
-        return [Finding("batch", "fail", found, str(error))]
-    return [Finding("batch", "ok", found)]
+        return Finding("batch", "fail", found, str(error))
+    return Finding("batch", "ok", found)
 
 
-def _is_adaptation(recipe: str) -> bool:
-    try:
-        text = resolve_recipe(recipe).read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise ConfigError(f"Cannot read recipe {recipe}: {error.strerror}.") from error
-    return re.search(r"^corpus:", text, re.MULTILINE) is not None
+def _adaptation(options: argparse.Namespace) -> Job:
+    from softprompt_dist.adaptation.engine_config import apply_ds_config, read_ds_config
 
-
-def _adapt_config(options: argparse.Namespace) -> AdaptConfig:
+    stages = load_stages(options.recipe, options.overrides, options.run_dir)
+    stages = choose_stages(stages, options.stage)
+    ds_config = None
     if options.deepspeed_config:
-        raise ConfigError("softprompt adapt takes no --deepspeed_config. Leave it out.")
-    config = load_recipe(AdaptConfig, options.recipe, options.overrides)
-    needed = "backbone" if config.init == "from_checkpoint" else "tokenizer"
-    if getattr(config, needed) is None:
-        raise ConfigError(f"init is {config.init}, so {needed} must be given.")
-    return config
+        ds_config = read_ds_config(options.deepspeed_config)
+        stages = [apply_ds_config(stage, ds_config) for stage in stages]
+    folder = Path(str(stages[0].run_directory))
+    return Job(folder, stages=tuple(stages), ds_config=ds_config)
 
 
 def _tune_config(options: argparse.Namespace) -> TuneConfig:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from softprompt_dist.adapt_config import AdaptConfig
 from softprompt_dist.cache import cache_directory
 from softprompt_dist.checks.finding import Finding
 from softprompt_dist.config import BackboneConfig, PromptConfig, TuneConfig
@@ -21,26 +19,29 @@ _HUB_SECONDS = 10.0
 _SPLIT_WORDS = {"train": "training", "validation": "validation", "test": "test"}
 
 
-def check_files(config: TuneConfig | AdaptConfig) -> list[Finding]:
-    """What the job reads besides its backbone."""
-    if isinstance(config, TuneConfig):
-        mixed = [check_task(each, name=f"task {each.name}") for each in config.mixture.tasks]
-        scored = [
-            check_task(each.task, [each.split], name=f"task {each.task.name}")
-            for each in config.transfer
-        ]
-        return [check_task(config.task), *mixed, *scored, *check_prompt(config.prompt)]
-    tokenizer = _tried("tokenizer", lambda: _tokenizer(Path(config.tokenizer or "")))
-    own_tokenizer = [tokenizer] if config.tokenizer else []
-    return [*own_tokenizer, _tried("corpus", lambda: _corpus(config))]
+def check_files(config: TuneConfig) -> list[Finding]:
+    """What a tuning run reads besides its backbone."""
+    mixed = [check_task(each, name=f"task {each.name}") for each in config.mixture.tasks]
+    scored = [
+        check_task(each.task, [each.split], name=f"task {each.task.name}")
+        for each in config.transfer
+    ]
+    return [check_task(config.task), *mixed, *scored, *check_prompt(config.prompt)]
 
 
 def check_backbone_files(folder: Path, config: BackboneConfig) -> list[Finding]:
-    """Whether every tensor that config.json asks for is there in its shape; and the tokenizer."""
-    return [
-        _tried("backbone", lambda: _inventory(folder, config)),
-        _tried("tokenizer", lambda: _tokenizer(folder)),
-    ]
+    """Weights and tokenizer."""
+    return [check_weights(folder, config), check_tokenizer(folder)]
+
+
+def check_tokenizer(folder: Path) -> Finding:
+    """Whether it can be read."""
+    return tried("tokenizer", lambda: _tokenizer(folder))
+
+
+def check_weights(folder: Path, config: BackboneConfig) -> Finding:
+    """Whether every tensor that config.json asks for is there in its shape."""
+    return tried("backbone", lambda: _inventory(folder, config))
 
 
 def find_backbone(config: BackboneConfig) -> tuple[Path | None, list[Finding]]:
@@ -53,7 +54,7 @@ def find_backbone(config: BackboneConfig) -> tuple[Path | None, list[Finding]]:
         return folder, []
     if config.path.startswith("demo:"):
         return None, [Finding("backbone", "ok", f"{config.path}: fetched when a run first starts")]
-    return None, [_tried("backbone", lambda: _on_hub(config.path, "model", config.revision))]
+    return None, [tried("backbone", lambda: _on_hub(config.path, "model", config.revision))]
 
 
 def local_folder(config: BackboneConfig) -> Path | None:
@@ -81,10 +82,10 @@ def check_task(
     """Rows of local files are read as a run would read them, if they are not too many."""
     source = config.source
     if source.kind == "hub":
-        return _tried(name, lambda: _hub_rows(config))
+        return tried(name, lambda: _hub_rows(config))
     if source.kind == "vader":
         return Finding(name, "ok", f"vader {source.name}: fetched when a run first starts")
-    return _tried(name, lambda: _rows(config, splits))
+    return tried(name, lambda: _rows(config, splits))
 
 
 def check_prompt(config: PromptConfig) -> list[Finding]:
@@ -97,10 +98,10 @@ def check_prompt(config: PromptConfig) -> list[Finding]:
         prompt_PD, _ = load_prompt(str(config.file))
         return f"{config.file}: {list(prompt_PD.shape)}"
 
-    return [_tried("prompt file", shape)]
+    return [tried("prompt file", shape)]
 
 
-def _tried(name: str, work: Callable[[], str]) -> Finding:
+def tried(name: str, work: Callable[[], str]) -> Finding:
     """What `work` found, or the user error that it met."""
     try:
         return Finding(name, "ok", work())
@@ -160,15 +161,6 @@ def _rows(config: TaskConfig, splits: Sequence[str]) -> str:
     task = load_task(config, splits)
     counts = (f"{len(task.splits[split])} {_SPLIT_WORDS[split]}" for split in splits)
     return f"{', '.join(counts)} rows"
-
-
-def _corpus(config: AdaptConfig) -> str:
-    # As `data.corpus` has it: path*3 is read three times an epoch.
-    specs = [*config.corpus, *config.validation_corpus]
-    paths = [Path(re.sub(r"\*\d+$", "", spec)) for spec in specs]
-    if missing := [str(path) for path in paths if not path.is_file()]:
-        raise DataError(f"No such file: {', '.join(missing)}. Paths start at {Path.cwd()}.")
-    return f"{len(paths)} file(s), {sum(path.stat().st_size for path in paths) / 1e9:.2f} GB"
 
 
 def _hub_snapshot(config: BackboneConfig) -> Path | None:

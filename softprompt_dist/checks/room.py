@@ -7,7 +7,6 @@ from pathlib import Path
 import psutil
 import torch
 
-from softprompt_dist.adapt_config import AdaptConfig
 from softprompt_dist.backbone.architecture import architecture_of
 from softprompt_dist.backbone.cell import Cell, Cluster, Workload
 from softprompt_dist.backbone.host_memory import node_bytes
@@ -19,11 +18,14 @@ from softprompt_dist.config import TuneConfig
 from softprompt_dist.errors import BackboneError, MachineError
 from softprompt_dist.parallel import ranks
 
+_HOST_REMEDY = (
+    "The ranks of this machine would be killed. Start fewer, lower batch.micro_batch_size, or hold "
+    "the backbone in fewer bytes (`softprompt plan` shows what fits)."
+)
 
-def check_room(config: TuneConfig | AdaptConfig, folder: Path, cluster: Cluster) -> list[Finding]:
+
+def check_room(config: TuneConfig, folder: Path, cluster: Cluster) -> list[Finding]:
     """The predicted peak of a step against the memory of the GPU and of the host."""
-    if not isinstance(config, TuneConfig):
-        return []  # the prediction is about frozen weights
     try:
         architecture = architecture_of(config.backbone.path, read_config(folder))
     except BackboneError as error:
@@ -37,16 +39,14 @@ def check_room(config: TuneConfig | AdaptConfig, folder: Path, cluster: Cluster)
     memory = predict_memory(architecture, cell, workload, cluster)
     on_host = node_bytes(architecture, cell, workload, cluster, on_gpu=on_gpu())
     if not on_gpu():
-        return [_host_finding(on_host)]
-    free, total = gpu_memory()
-    found = f"{memory.total / 1e9:.1f} GB predicted, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
+        return [host_finding(on_host, _HOST_REMEDY)]
+    _, total = gpu_memory()
+    remedy = ""
     try:
         check_memory(architecture, cell, workload, cluster, total)
     except MachineError as error:
-        return [Finding("room on the GPU", "fail", found, str(error)), _host_finding(on_host)]
-    remedy = "Another process holds the rest; nvidia-smi names it." if memory.total > free else ""
-    on_device = Finding("room on the GPU", "warn" if remedy else "ok", found, remedy)
-    return [on_device, _host_finding(on_host)]
+        remedy = str(error)
+    return [gpu_finding(memory.total, remedy), host_finding(on_host, _HOST_REMEDY)]
 
 
 def gpu_memory() -> tuple[int, int]:
@@ -62,15 +62,24 @@ def host_memory() -> tuple[int, int]:
     return memory.available, memory.total
 
 
-def _host_finding(needed: int) -> Finding:
+def gpu_finding(needed: int, remedy: str) -> Finding:
+    """Bytes that a step needs on this rank's GPU; `remedy` where it has not so many."""
+    free, total = gpu_memory()
+    if needed <= total:
+        remedy = "Another process holds the rest; nvidia-smi names it."
+    return _room("room on the GPU", needed, free, total, remedy)
+
+
+def host_finding(needed: int, remedy: str) -> Finding:
+    """Bytes that a step needs in this machine's memory; `remedy` where it has not so many."""
     free, total = host_memory()
+    if needed <= total:
+        remedy = "End other programs first."
+    return _room("room on the host", needed, free, total, remedy)
+
+
+def _room(name: str, needed: int, free: int, total: int, remedy: str) -> Finding:
     found = f"{needed / 1e9:.1f} GB predicted, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
-    if needed > total:
-        remedy = (
-            "The ranks of this machine would be killed. Start fewer, lower batch.micro_batch_size, "
-            "or hold the backbone in fewer bytes (`softprompt plan` shows what fits)."
-        )
-        return Finding("room on the host", "fail", found, remedy)
-    if needed > free:
-        return Finding("room on the host", "warn", found, "End other programs first.")
-    return Finding("room on the host", "ok", found)
+    if needed <= free:
+        return Finding(name, "ok", found)
+    return Finding(name, "fail" if needed > total else "warn", found, remedy)

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import yaml
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 
@@ -60,7 +59,10 @@ def test_a_good_recipe_is_ok_throughout(tiny_recipe: Path) -> None:
             "Cannot read ds_config none.json",
         ),
         (["--set", "batch.micro_batch_size=1"], "give --recipe"),
-        (["--recipe", "adapt-tiny-t5-lm", "--set", "backbone=null"], "backbone must be given"),
+        (["--recipe", "paper-512-512"], "corpus is missing"),
+        (["--recipe", "paper-512-512", "--set", "corpus=[text]"], "`backbone` must name"),
+        (["--recipe", "demo", "--stage", "lm"], "demo has no stages"),
+        (["--stage", "lm"], "give --recipe"),
     ],
 )
 def test_a_bad_recipe_fails_with_its_own_words(arguments: list[str], told: str) -> None:
@@ -199,24 +201,6 @@ def test_a_prompt_file_that_is_none_fails(config: TuneConfig, tmp_path: Path) ->
     path.write_bytes(b"no prompt")
     prompt = config.prompt.model_copy(update={"initialisation": "file", "file": str(path)})
     assert by_name(job_files.check_prompt(prompt))["prompt file"].status == "fail"
-
-
-def test_an_adaptation_needs_its_corpus_and_its_tokenizer(tiny_t5: Path, tmp_path: Path) -> None:
-    corpus = tmp_path / "text.txt"
-    recipe = tmp_path / "adapt.yaml"
-    recipe.write_text(
-        yaml.safe_dump(
-            {"init": "from_config", "tokenizer": str(tiny_t5), "corpus": [f"{corpus}*3"]}
-        )
-    )
-    job, (read_,) = read("--recipe", str(recipe))
-    assert read_.found.endswith("softprompt adapt")
-    world = World(1, 1, launched=False)
-    assert by_name(doctor.job_findings(job, world))["corpus"].status == "fail"
-    corpus.write_text("some text\n")
-    found = by_name(doctor.job_findings(job, world))
-    assert {finding.status for finding in found.values()} == {"ok"}
-    assert {"corpus", "tokenizer", "batch"} <= found.keys()
 
 
 @pytest.mark.parametrize(
