@@ -11,14 +11,12 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from softprompt_dist.errors import ConfigError, DataError
 from softprompt_dist.parallel.verb import VerbParser, count, run_verb
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from softprompt_dist.data.lm.corpus import BuiltCorpus
     from softprompt_dist.data.lm.text_sources import TextSource
 
@@ -145,7 +143,7 @@ def _sources(options: argparse.Namespace) -> list[TextSource]:
     return found
 
 
-def _tokenizer(name: str) -> PreTrainedTokenizerBase:
+def _tokenizer(name: str) -> Any:
     from softprompt_dist.backbone.load import load_tokenizer
 
     if Path(name).is_dir():

@@ -11,7 +11,7 @@ import json
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, compress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -143,7 +143,7 @@ class _WordEncoder:
         self._forget()
 
     def _forget(self) -> None:
-        self._number_of = _Numbering({"": 0})
+        self._number_of = _Numbering()
         self._ids = np.empty(0, dtype=self._dtype)
         self._starts = self._lengths = np.zeros(1, dtype=np.int64)
 
@@ -154,9 +154,8 @@ class _WordEncoder:
             self._forget()
         num_words = np.fromiter((text.count(" ") + 1 for text in texts), np.int64, len(texts))
         words = " ".join(texts).split(" ")
-        num_known = len(self._number_of)
         numbers = np.fromiter(map(self._number_of.__getitem__, words), np.int64, len(words))
-        self._learn(list(islice(self._number_of, num_known, None)))
+        self._learn(self._number_of.take_new())
         lengths = self._lengths[numbers]
         if (lengths < 0).any():
             leaning = np.add.reduceat(lengths < 0, np.cumsum(num_words) - num_words) > 0
@@ -177,27 +176,38 @@ class _WordEncoder:
         self._lengths = np.concatenate([self._lengths, np.where(leans, -1, lengths)])
 
     def _encode_apart(self, texts: Sequence[str], leaning: npt.NDArray[np.bool_]) -> EncodedTexts:
-        parts: list[EncodedTexts] = [
-            self._encode([text]) if leans else self([text])
-            for text, leans in zip(texts, leaning.tolist(), strict=True)
-        ]
-        return EncodedTexts(
-            np.concatenate([part.token_ids for part in parts]),
-            np.concatenate([part.lengths for part in parts]),
-        )
+        whole = self._encode(list(compress(texts, leaning)))
+        by_word = self(list(compress(texts, ~leaning)))
+        lengths = np.empty(len(texts), dtype=np.int64)
+        lengths[leaning], lengths[~leaning] = whole.lengths, by_word.lengths
+        is_of_whole = np.repeat(leaning, lengths)
+        token_ids = np.empty(len(is_of_whole), dtype=self._dtype)
+        token_ids[is_of_whole], token_ids[~is_of_whole] = whole.token_ids, by_word.token_ids
+        return EncodedTexts(token_ids, lengths)
 
 
 class _Numbering(dict[str, int]):
     """Numbers words in the order in which they are first asked for."""
 
+    def __init__(self) -> None:
+        super().__init__({"": 0})
+        self._new: list[str] = []
+
     def __missing__(self, word: str) -> int:
+        self._new.append(word)
         number = self[word] = len(self)
         return number
+
+    def take_new(self) -> list[str]:
+        """Words that were numbered since the last call."""
+        new, self._new = self._new, []
+        return new
 
 
 # Normalisation goes by grapheme clusters, and a space forms one with a mark behind it or with a
 # prepended sign before it (UAX 29): general categories, and letters and symbols that do it, too.
-_CATEGORIES_THAT_JOIN = frozenset({"Mn", "Mc", "Me", "Cf", "Cn"})
+_MARKS = frozenset({"Mn", "Mc", "Me"})
+_UNSURE = frozenset({"Cf", "Cn"})  # of format and not assigned: some join
 _JOIN_WHAT_IS_BEFORE = frozenset(
     "\u0e33\u0eb3\uff9e\uff9f\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff"
 )
@@ -211,9 +221,9 @@ def _leans_on_a_space(word: str) -> bool:
     first, last = word[0], word[-1]
     if first.isascii() and last.isascii():
         return False
-    categories = {unicodedata.category(first), unicodedata.category(last)}
     return (
-        bool(categories & _CATEGORIES_THAT_JOIN)
+        unicodedata.category(first) in _MARKS | _UNSURE
+        or unicodedata.category(last) in _UNSURE
         or first in _JOIN_WHAT_IS_BEFORE
         or last in _JOIN_WHAT_IS_BEHIND
     )

@@ -188,13 +188,12 @@ class Shard:
         return self._mapped("offsets", np.dtype(OFFSET_DTYPE))
 
     def _mapped(self, kind: str, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-        # numpy's own maps keep a file descriptor each, of which a process may have too few.
-        import torch
+        import pyarrow as pa
 
-        content = torch.from_file(
-            str(self._path(kind)), shared=False, size=self._sizes[kind], dtype=torch.uint8
-        )
-        return content.numpy().view(dtype)
+        # Arrow's maps live on when their file is closed; numpy's keep a descriptor each, of which
+        # a process may have fewer than a corpus has shards.
+        with pa.memory_map(str(self._path(kind))) as file:
+            return np.frombuffer(file.read_buffer(), dtype=dtype)
 
     def _path(self, kind: str) -> Path:
         return self._folder / f"{self._record.name}.{kind}"

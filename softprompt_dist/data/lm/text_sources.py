@@ -8,7 +8,7 @@ from __future__ import annotations
 import gzip
 import lzma
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,7 @@ BATCH_BYTES = 1 << 20
 LONGEST_LINE = 1 << 28
 
 _JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
-_PACKED = {".gz": gzip.GzipFile, ".xz": lzma.LZMAFile}
+_PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
 _NO_TEXT = {
     **dict.fromkeys((".csv", ".tsv"), "Write it as .jsonl or .parquet first"),
     **dict.fromkeys((".zip", ".tar", ".tgz", ".zst", ".bz2", ".7z"), "Unpack it first"),

@@ -1,0 +1,123 @@
+"""Ids are those of the tokenizer itself, whatever the text and however they are found."""
+
+import pickle
+import unicodedata
+
+import numpy as np
+import pytest
+from tokenizers import normalizers, pre_tokenizers
+
+from softprompt_dist.data.lm import encoding
+from softprompt_dist.data.lm.encoding import EncoderSpec, words_are_independent
+from tests.corpora import LINES, ids_of, tiny_t5, word_tokenizer
+
+AWKWARD = [
+    "",
+    " ",
+    "  two  spaces   three ",
+    "tab\tand\nnew line\r\nand\u00a0no-break\u3000ideographic\u2009thin",
+    "a \u0301accent on a space and one\u0301 on a letter \u0301",
+    "zero\u200bwidth \u200djoined \u200c apart \ufeff mark",
+    "¨ ´ ﷺ ﬁ ½ ｶ ﾞ ² №",
+    "«quoted» “curly” ‘single’ – — … €",
+    "</s> in text, <extra_id_0>and<extra_id_1> more <pad>",
+    "▁ meta ▁space▁ ",
+    "नमस्ते दुनिया का पाठ",
+    "สวัสดี ำ ชาวโลก",
+    "مرحبا \u0600 بالعالم \u06dd",
+    "👍🏽 🏽 👨‍👩‍👧 🇩🇪 🇫 🇷",
+    "漢字とかな 한국어 각",
+    "\x01 control \x1f and \x85 next line \u2028 separator",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_t5()
+
+
+def encoded(spec, texts):
+    token_ids, lengths = spec.encoder()(texts)
+    assert token_ids.dtype == spec.dtype
+    ends = np.cumsum(lengths)
+    return [
+        token_ids[end - length : end].tolist() for length, end in zip(lengths, ends, strict=True)
+    ]
+
+
+def test_awkward_texts_have_the_tokenizer_s_ids(tokenizer):
+    spec = EncoderSpec.of(tokenizer)
+    assert words_are_independent(spec.backend)
+    assert encoded(spec, AWKWARD) == ids_of(tokenizer, AWKWARD)
+    assert [encoded(spec, [text])[0] for text in AWKWARD] == ids_of(tokenizer, AWKWARD)
+
+
+def test_characters_beside_spaces_have_the_tokenizer_s_ids(tokenizer):
+    """All marks, format characters and such as lean on a space, and every seventh other one."""
+    assigned = [chr(c) for c in range(0x20000) if unicodedata.category(chr(c)) not in ("Cn", "Cs")]
+    leaning = [c for c in assigned if unicodedata.category(c)[0] in "MCZS"]
+    texts = [f"a {c} b{c} {c}c" for c in {*leaning[::3], *assigned[::97]}]
+    assert encoded(EncoderSpec.of(tokenizer), texts) == ids_of(tokenizer, texts)
+
+
+def test_words_that_were_forgotten_are_learnt_again(tokenizer, monkeypatch):
+    monkeypatch.setattr(encoding, "WORDS_KEPT", 10)
+    encode = EncoderSpec.of(tokenizer).encoder()
+    for start in range(0, len(LINES), 4):
+        batch = LINES[start : start + 4]
+        expected = [i for ids in ids_of(tokenizer, batch) for i in ids]
+        assert encode(batch).token_ids.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pre_tokenizer": pre_tokenizers.Metaspace()},
+        {
+            "pre_tokenizer": pre_tokenizers.Sequence(
+                [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="first")]
+            )
+        },
+        {"normalizer": normalizers.Replace("r w", "_")},
+    ],
+    ids=["metaspace", "first word", "across words"],
+)
+def test_rules_that_look_beyond_a_word_are_kept(change):
+    other = tiny_t5()
+    for name, value in change.items():
+        setattr(other.backend_tokenizer, name, value)
+    spec = EncoderSpec.of(other)
+    assert not words_are_independent(spec.backend)
+    assert encoded(spec, [*LINES, *AWKWARD]) == ids_of(other, [*LINES, *AWKWARD])
+    assert spec.digest != EncoderSpec.of(tiny_t5()).digest
+
+
+def test_a_piece_with_a_space_in_it_is_found():
+    other = tiny_t5()
+    other.add_tokens(["river was"])
+    spec = EncoderSpec.of(other)
+    assert encoded(spec, LINES) == ids_of(other, LINES)
+    assert len(encoded(spec, LINES)[0]) < len(ids_of(tiny_t5(), LINES)[0])
+
+
+def test_what_was_cut_and_padded_before_changes_nothing(tokenizer):
+    used = tiny_t5()
+    used(["a", "a much longer text than four pieces"], padding=True, truncation=True, max_length=4)
+    assert EncoderSpec.of(used).digest == EncoderSpec.of(tokenizer).digest
+    assert encoded(EncoderSpec.of(used), LINES) == ids_of(tokenizer, LINES)
+
+
+def test_another_process_gets_the_same(tokenizer):
+    other = word_tokenizer(70_000)
+    spec = pickle.loads(pickle.dumps(EncoderSpec.of(other)))
+    assert (spec.dtype, spec.vocabulary_size) == ("<u4", 70_001)
+    assert encoded(spec, ["w69999 w3", "w70000"]) == [[70_000, 4], [0]]
+    assert EncoderSpec.of(tokenizer).dtype == "<u2"
+    assert EncoderSpec.of(word_tokenizer(65_535)).dtype == "<u2"
+
+
+def test_a_tokenizer_without_a_fast_backend_is_asked_itself():
+    from transformers import ByT5Tokenizer
+
+    slow = ByT5Tokenizer()
+    assert encoded(EncoderSpec.of(slow), ["", "é b"]) == ids_of(slow, ["", "é b"])
