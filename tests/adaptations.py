@@ -1,0 +1,87 @@
+"""A whole adaptation in small: a text, a new T5 or a given one, a recipe, what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+
+import softprompt_dist
+from softprompt_dist.adapt_config import AdaptConfig
+
+TOKENIZER = Path(softprompt_dist.__file__).parent / "assets" / "tiny-t5"
+ARCHITECTURE = {
+    "d_model": 16, "d_kv": 4, "d_ff": 24, "num_heads": 2, "num_layers": 1, "num_decoder_layers": 1
+}  # fmt: skip
+LINES = [f"Sentence {i}{' and more' * (i % 7)} is about river number {i * 3}." for i in range(80)]
+
+
+def recipe_values(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Settings of six steps from nothing, on a text that is written into `folder`."""
+    text = folder / "text.txt"
+    text.write_text("\n".join(LINES))
+    values = {
+        "name": "small",
+        "steps": 6,
+        "init": "from_config",
+        "architecture": ARCHITECTURE,
+        "tokenizer": str(TOKENIZER),
+        "corpus": [str(text)],
+        "objective": "span_corruption",
+        "inputs_length": 16,
+        "targets_length": 16,
+        "optimizer": "rms_scaled_adamw",
+        "learning_rate": 0.02,
+        "schedule": "constant",
+        "warmup_steps": 2,
+        "batch": {"global_batch_size": 12, "micro_batch_size": 2},
+        "log_every_steps": 1,
+        "evaluation": {"max_examples": 8},
+        "checkpoint": {"every_steps": 3, "keep_last": 2},
+    }
+    return values | changes
+
+
+def config_of(folder: Path, run: str = "run", **changes: Any) -> AdaptConfig:
+    """The checked recipe of a run in `folder`."""
+    return AdaptConfig.model_validate(
+        recipe_values(folder, run_directory=str(folder / run), **changes)
+    )
+
+
+def write_recipe(folder: Path, values: Mapping[str, Any]) -> Path:
+    """A recipe file."""
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(dict(values), sort_keys=False))
+    return path
+
+
+def exported(run_dir: Path, name: str = "export") -> dict[str, Tensor]:
+    """Weights of an export that has one file."""
+    return load_file(Path(run_dir) / name / "model.safetensors")
+
+
+def checkpoint(run_dir: Path, step: int) -> Path:
+    """Folder of a checkpoint."""
+    return Path(run_dir) / "checkpoints" / f"step-{step:08d}"
+
+
+def checkpoint_tensors(run_dir: Path, step: int) -> dict[str, Tensor]:
+    """Weights, moments and small state of a checkpoint."""
+    folder = checkpoint(run_dir, step)
+    return {
+        name: tensor
+        for file in ("model.safetensors", "small.safetensors")
+        for name, tensor in load_file(folder / file).items()
+    }
+
+
+def checkpoint_state(run_dir: Path, step: int) -> dict[str, Any]:
+    """What a checkpoint says besides its tensors, without the time it took."""
+    state = json.loads((checkpoint(run_dir, step) / "state.json").read_text())["state"]
+    return {name: value for name, value in state.items() if name != "seconds"}
