@@ -7,6 +7,13 @@ from typing import Any
 
 import pytest
 
+from softprompt_dist import plan
+from softprompt_dist.adapt_stages import load_stages
+from softprompt_dist.adaptation.engine_config import (
+    apply_ds_config,
+    gradient_sums,
+    read_ds_config,
+)
 from softprompt_dist.backbone.engine import (
     BlockSizes,
     apply_engine_config,
@@ -27,6 +34,7 @@ CELLS = {
     "zero3_fp32": ("zero3", "fp32", "none", "none"),
     "zero0_debug": ("replicated", "fp32", "none", "none"),
 }
+FOR_ADAPTATION = {"adapt_zero2_bf16"}
 
 
 def dotted_keys(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -38,9 +46,9 @@ def dotted_keys(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def test_each_file_is_listed() -> None:
-    assert {path.stem for path in FOLDER.glob("*.json")} == set(CELLS)
+    assert {path.stem for path in FOLDER.glob("*.json")} == {*CELLS, *FOR_ADAPTATION}
     readme = (FOLDER / "README.md").read_text()
-    assert all(f"`{name}.json`" in readme for name in CELLS)
+    assert all(f"`{name}.json`" in readme for name in {*CELLS, *FOR_ADAPTATION})
 
 
 @pytest.mark.parametrize("name", CELLS)
@@ -51,7 +59,19 @@ def test_each_file_is_plumbing_that_gives_its_cell(name: str) -> None:
     assert cell == CELLS[name]
 
 
-@pytest.mark.parametrize("name", CELLS)
+def test_the_file_for_adaptation_is_that_of_the_largest_model_on_one_node(tmp_path: Path) -> None:
+    path = FOLDER / "adapt_zero2_bf16.json"
+    asked = ["--stage", "adapt", "--model", "google/t5-v1_1-xxl", "--gpus", "8"]
+    plan.main([*asked, "--gpu-memory", "80", "--write", str(tmp_path / "written.json")])
+    values = read_ds_config(path)
+    assert values == json.loads((tmp_path / "written.json").read_text())
+    preset = load_stages("paper-512-512", ["backbone=t5", "corpus=[text]", "dtype=fp32"])
+    config = apply_ds_config(preset[0], values)
+    assert (config.engine.zero_stage, config.dtype) == (2, "bf16")
+    assert gradient_sums(config, values) == "fp32"
+
+
+@pytest.mark.parametrize("name", [*CELLS, *FOR_ADAPTATION])
 def test_deepspeed_knows_each_key_and_the_readme_explains_it(name: str) -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
