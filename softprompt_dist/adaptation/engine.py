@@ -27,6 +27,7 @@ from softprompt_dist.adaptation.sharded_optimizer import ShardedOptimizer
 from softprompt_dist.data.lm.rows import RowBatch
 from softprompt_dist.errors import NonFiniteLossError
 from softprompt_dist.parallel import ranks
+from softprompt_dist.parallel.host_memory import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,6 @@ class Update:
     cross_entropy: float
     num_tokens: int
     """Target tokens that were learned from."""
-    num_real_tokens: int
-    """Positions of both sides that were not padding."""
-    num_positions: int
     gradient_norm: float
     rms: float
     """Root mean square of the change of all weights."""
@@ -63,6 +61,8 @@ class AdaptationEngine:
     ) -> None:
         import deepspeed
 
+        if ranks.device().type == "cpu":
+            keep_freed_memory()
         self.config = config
         settings = engine_config(config, ds_config, ranks.world_size())
         model = _build(config, hf_config, settings)
@@ -96,29 +96,17 @@ class AdaptationEngine:
         Raises:
             NonFiniteLossError: on all ranks together; the update was then not made.
         """
-        engine, world_size = self._engine, ranks.world_size()
-        positions = self.config.batch.global_batch_size * self.config.targets_length
-        engine.train()
+        self._engine.train()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        sums = torch.zeros(5, dtype=torch.float64, device=ranks.device())
-        for number, batch in enumerate(batches, start=1):
-            losses = engine(batch.to(ranks.device()))
-            # DeepSpeed takes the mean over ranks of what is a sum here.
-            engine.backward(losses.total * (world_size / positions), scale_wrt_gas=False)
-            counts = sums.new_tensor([batch.num_real_tokens, batch.num_positions])
-            sums += torch.cat([torch.stack([x.detach().double() for x in losses]), counts])
-            if number < len(batches):
-                engine.step()
-        total, cross_entropy, num_tokens, real, all_positions = ranks.all_reduce_sum(sums).tolist()
+        sums = ranks.all_reduce_sum(self._accumulate(batches))
+        total, cross_entropy, num_tokens = sums.tolist()
         norm = self._step(total / num_tokens)
         size = self.optimizer.update_size
         return Update(
             loss=total / num_tokens,
             cross_entropy=cross_entropy / num_tokens,
             num_tokens=int(num_tokens),
-            num_real_tokens=int(real),
-            num_positions=int(all_positions),
             gradient_norm=norm,
             rms=size.rms,
             relative_rms=size.relative_rms,
@@ -137,6 +125,20 @@ class AdaptationEngine:
         self._engine.eval()
         logits_BV: Tensor = self._engine(batch.to(ranks.device()), first_only=True)
         return logits_BV
+
+    def _accumulate(self, batches: Sequence[RowBatch]) -> Tensor:
+        """Gradients of all micro-batches; this rank's sums of `Losses` in fp64."""
+        positions = self.config.batch.global_batch_size * self.config.targets_length
+        # DeepSpeed takes the mean over ranks of what is a sum here.
+        factor = ranks.world_size() / positions
+        sums = torch.zeros(3, dtype=torch.float64, device=ranks.device())
+        for number, batch in enumerate(batches, start=1):
+            losses = self._engine(batch.to(ranks.device()))
+            self._engine.backward(losses.total * factor, scale_wrt_gas=False)
+            sums += torch.stack([part.detach().double() for part in losses])
+            if number < len(batches):  # the last of them would update the weights
+                self._engine.step()
+        return sums
 
     def _step(self, loss: float) -> float:
         """The update itself, if loss and gradient are finite; gives the gradient's norm."""
