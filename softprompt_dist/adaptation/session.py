@@ -55,7 +55,7 @@ def adapt(
         SoftpromptError: anything in the recipe, corpus, backbone or machine that cannot work.
     """
     directory = RunDirectory(Path(str(config.run_directory)))
-    directory.create()
+    directory.create(tunes=False)
     store = _store(config, directory)
     if fresh:
         store.discard_all()

@@ -44,13 +44,16 @@ class RunDirectory:
         self.results = self.path / "results.json"
         self.transfer = self.path / "transfer.md"
 
-    def create(self) -> None:
+    def create(self, *, tunes: bool = True) -> None:
         """Make the folders and try a write, long before the first save needs one; all ranks.
+
+        Args:
+            tunes: whether the run leaves prompts and predictions.
 
         Raises:
             MachineError: on all ranks, when the directory cannot be made or written.
         """
-        ranks.on_main(lambda: self._or_machine_error(self._create))
+        ranks.on_main(lambda: self._or_machine_error(lambda: self._create(tunes)))
 
     def record(
         self,
@@ -67,9 +70,9 @@ class RunDirectory:
             lambda: self._or_machine_error(lambda: self._record(config_yaml, environment, data))
         )
 
-    def _create(self) -> None:
-        folders = (self.tensorboard, self.prompts, self.checkpoints, self.predictions, self.plots)
-        for folder in (self.path, *folders):
+    def _create(self, tunes: bool) -> None:
+        own = (self.prompts, self.predictions) if tunes else ()
+        for folder in (self.path, self.tensorboard, self.checkpoints, self.plots, *own):
             folder.mkdir(parents=True, exist_ok=True)
         probe = self.path / ".write-test"
         replace_file(probe, b"")
