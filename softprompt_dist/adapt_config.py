@@ -77,6 +77,9 @@ class AdaptConfig(Section):
     """Folders of `softprompt corpus build`, or text files (one document a line; .gz and .xz too),
     which are tokenised before the first step. `path*3`: three times an epoch."""
     validation_corpus: list[str] = []
+    verify_corpus: bool = True
+    """Compare the checksums of built folders before the first step, dealt over the ranks. Their
+    sizes are compared in any case."""
     objective: Literal["span_corruption", "prefix_lm", "lm"] = "prefix_lm"
     """lm: the next token, for decoder-only backbones."""
     packing: Literal["none", "greedy", "complementary_pairs"] = "greedy"

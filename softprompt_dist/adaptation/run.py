@@ -14,7 +14,7 @@ from softprompt_dist.adaptation.measures import measure, own_share
 from softprompt_dist.adaptation.sharded_tensor import ShardedTensor
 from softprompt_dist.adaptation.source import Source, find_source
 from softprompt_dist.cache import cache_directory
-from softprompt_dist.data.lm.corpus import open_corpus
+from softprompt_dist.data.lm.corpus import open_corpus, verify_folders
 from softprompt_dist.data.lm.examples import LMData
 from softprompt_dist.data.lm.objectives import random_spans_helper
 from softprompt_dist.data.lm.rows import RowBatch
@@ -30,7 +30,7 @@ FREE_TO_CHANGE: dict[str, Any] = {
         ("name", "run_directory", "steps", "decay_steps", "compile", "engine", "checkpoint"), ...
     ),
     **dict.fromkeys(("export", "log_every_steps", "evaluation", "validation_corpus"), ...),
-    **dict.fromkeys(("corpus", "tokenizer", "backbone"), ...),
+    **dict.fromkeys(("corpus", "verify_corpus", "tokenizer", "backbone"), ...),
     "batch": {"micro_batch_size"},
 }
 """Settings that a resumed run may have differently: none changes what is learned, the end of the
@@ -114,11 +114,11 @@ def build_run(config: AdaptConfig, ds_config: dict[str, Any] | None) -> Adaptati
     check_world(config, ranks.world_size())
     source = find_source(config)
     special = ranks.together(lambda: SpecialIds.of(source.tokenizer, config.objective))
-    corpus = _open(config.corpus, source)
+    corpus = _open(config.corpus, source, verify=config.verify_corpus)
     data = ranks.together(lambda: _data(corpus, special, config))
     validation = {}
     if config.validation_corpus:
-        text = _open(config.validation_corpus, source)
+        text = _open(config.validation_corpus, source, verify=config.verify_corpus)
         validation = ranks.together(lambda: _validation(text, special, config))
     hf_config = source.training_config(config.dropout)
     return AdaptationRun(
@@ -198,14 +198,20 @@ def _check_belongs(run: AdaptationRun, found: FoundCheckpoint) -> None:
         )
 
 
-def _open(specs: list[str], source: Source) -> TokenSource:
-    """Rank 0 tokenises what must be; the others find it in the cache, or fill their own node's."""
+def _open(specs: list[str], source: Source, *, verify: bool) -> TokenSource:
+    """Rank 0 tokenises what must be; the others find it in the cache, or fill their own node's.
+
+    Checksums of folders are dealt over the ranks.
+    """
 
     def work() -> TokenSource:
         return open_corpus(specs, source.tokenizer, cache_directory() / "corpora")
 
     ranks.on_main(lambda: work() and None)
-    return ranks.together(work)
+    tokens = ranks.together(work)
+    if verify:
+        ranks.together(lambda: verify_folders(specs, ranks.rank(), ranks.world_size()))
+    return tokens
 
 
 def _data(corpus: TokenSource, special: SpecialIds, config: AdaptConfig) -> LMData:

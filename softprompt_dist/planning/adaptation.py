@@ -164,7 +164,7 @@ def adaptation_plans(question: AdaptationQuestion) -> list[AdaptationPlan]:
 
 def _engines(question: AdaptationQuestion) -> Iterator[Engine]:
     """Little communication before much, and recomputing before gathering weights."""
-    dtype = "bf16" if question.gpu.bf16_tflops else "fp32"
+    dtype: Literal["bf16", "fp32"] = "bf16" if question.gpu.bf16_tflops else "fp32"
     plain = Engine(0, dtype=dtype)
     several = question.cluster.num_gpus > 1
     stages = (0, 1, 2) if several else (0,)

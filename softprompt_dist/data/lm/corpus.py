@@ -52,13 +52,13 @@ class BuiltCorpus(ConcatenatedTokens):
             shard.check_sizes()
         super().__init__(self._shards, self.manifest.fingerprint)
 
-    def verify(self) -> None:
-        """Compare the checksum of every file with the manifest; reads all of them.
+    def verify(self, part: int = 0, num_parts: int = 1) -> None:
+        """Compare the checksums of every file, or of one part of them, with the manifest.
 
         Raises:
             DataError: one differs.
         """
-        for shard in self._shards:
+        for shard in self._shards[part::num_parts]:
             shard.check_content()
 
 
@@ -132,6 +132,17 @@ def open_corpus(
     content = [_CACHE_VERSION, *(part.fingerprint for part in parts)]
     fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     return ConcatenatedTokens(parts, fingerprint)
+
+
+def verify_folders(specs: Sequence[str], part: int, num_parts: int) -> None:
+    """Compare the checksums of one part of the shards of all folders among the specs.
+
+    Raises:
+        DataError: one differs.
+    """
+    for folder in sorted({path for path, _ in map(parse_repeats, specs) if path.is_dir()}):
+        for corpus in built_corpora(folder):
+            corpus.verify(part, num_parts)
 
 
 def parse_repeats(spec: str) -> tuple[Path, int]:
