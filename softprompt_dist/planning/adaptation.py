@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from softprompt_dist.backbone.architecture import Architecture
 from softprompt_dist.backbone.cell import Cluster, Workload
