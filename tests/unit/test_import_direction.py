@@ -34,7 +34,7 @@ SINGLES = {
     "adapt_config": {"errors", "section"},
     "config": {"errors", "section", "task_config"},
     "recipe": {"errors", "section"},
-    "adapt_stages": {"errors", "section", "adapt_config", "recipe"},
+    "adapt_stages": {"errors", "section", "adapt_config", "config", "recipe", "task_config"},
 }
 """Single module below the folders -> the single modules it may import; any other is a verb."""
 
@@ -52,6 +52,7 @@ LIGHT = [
     "checks/job",
     "parallel/verb",
     "convert",
+    "corpus",
     "plan",
     "tasks",
     "backbone/architecture",
