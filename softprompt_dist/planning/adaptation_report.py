@@ -219,7 +219,7 @@ def _command(
 ) -> list[str]:
     cluster = question.cluster
     nodes = f"--num_nodes {cluster.nodes} " if cluster.nodes > 1 else ""
-    settings = [f"backbone={question.architecture.name}"]
+    settings = [f"backbone={question.architecture.name}", "corpus=[FOLDER]"]
     if preset is None:
         settings += [f"targets_length={question.target_length}"]
         settings += [f"inputs_length={question.input_length}"] if question.input_length else []
