@@ -61,14 +61,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     join_world(debug=options.debug)
     # Numbers too small to matter slow a CPU down tenfold.
     torch.set_flush_denormal(True)
-    for config in stages:
-        if not _run(config, options):
+    for number, config in enumerate(stages):
+        # A run that has begun may not have come to its later stages yet.
+        if not _run(config, options, must_resume=options.resume and number == 0):
             break
         gc.collect()
     leave_world()
 
 
-def _run(config: AdaptConfig, options: argparse.Namespace) -> bool:
+def _run(config: AdaptConfig, options: argparse.Namespace, *, must_resume: bool) -> bool:
     """All ranks: one stage; whether the next may begin."""
     from softprompt_dist.adaptation.engine_config import apply_ds_config, read_ds_config
     from softprompt_dist.adaptation.session import adapt, export_newest
@@ -81,7 +82,7 @@ def _run(config: AdaptConfig, options: argparse.Namespace) -> bool:
     if options.export:
         export_newest(config, ds_config, Path(options.export))
         return True
-    return adapt(config, ds_config, fresh=options.fresh, must_resume=options.resume)
+    return adapt(config, ds_config, fresh=options.fresh, must_resume=must_resume)
 
 
 if __name__ == "__main__":

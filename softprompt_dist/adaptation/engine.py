@@ -152,6 +152,7 @@ class AdaptationEngine:
             return norm
         norm = float(self._engine.get_global_grad_norm())
         if not self._engine.was_step_applied():
+            self.optimizer.num_updates -= 1
             raise _not_finite(loss, norm)
         return norm
 
@@ -184,6 +185,8 @@ def _build(config: AdaptConfig, hf_config: PretrainedConfig, settings: dict[str,
             return construct()
     with init_empty_weights(include_buffers=False):
         model = construct()
+    if isinstance(model.model, CausalModel):
+        model.model.model.tie_weights()  # which the context has untied
     _give_memory(model, dtype)
     return model
 

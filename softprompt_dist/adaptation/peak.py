@@ -88,7 +88,9 @@ def measured_peak(dtype: torch.dtype, *, size: int, seconds: float) -> float:
         size: rows of the matrices.
         seconds: to try for; at least one product is made.
     """
-    square = torch.randn(size, size, device=ranks.device()).to(dtype)
+    # A generator of its own: what is measured must not change what a run draws.
+    generator = torch.Generator(ranks.device())
+    square = torch.randn(size, size, device=ranks.device(), generator=generator).to(dtype)
     torch.mm(square, square)
     end, shortest = time.monotonic() + seconds, float("inf")
     while shortest == float("inf") or time.monotonic() < end:

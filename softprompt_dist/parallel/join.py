@@ -67,8 +67,16 @@ def leave_world() -> None:
     if dist.is_initialized():
         dist.barrier()  # a rank that leaves early takes the rendezvous store with it
         dist.destroy_process_group()
+        _forget_groups()
     while _ON_LEAVING:
         _ON_LEAVING.pop()()
+
+
+def _forget_groups() -> None:
+    from deepspeed.utils import groups
+
+    # DeepSpeed would give the engines of a later world the group of all ranks of this one.
+    groups._WORLD_GROUP = None  # noqa: SLF001 - it has no function for that
 
 
 def on_leaving(clean_up: Callable[[], None]) -> None:
