@@ -22,12 +22,12 @@ LINES = [f"Sentence {i}{' and more' * (i % 7)} is about river number {i * 3}." f
 
 
 def recipe_values(folder: Path, **changes: Any) -> dict[str, Any]:
-    """Settings of six steps from nothing, on a text that is written into `folder`."""
+    """Settings of four steps from nothing, on a text that is written into `folder`."""
     text = folder / "text.txt"
     text.write_text("\n".join(LINES))
     values = {
         "name": "small",
-        "steps": 6,
+        "steps": 4,
         "init": "from_config",
         "architecture": ARCHITECTURE,
         "tokenizer": str(TOKENIZER),
@@ -39,10 +39,10 @@ def recipe_values(folder: Path, **changes: Any) -> dict[str, Any]:
         "learning_rate": 0.02,
         "schedule": "constant",
         "warmup_steps": 2,
-        "batch": {"global_batch_size": 12, "micro_batch_size": 2},
+        "batch": {"global_batch_size": 12, "micro_batch_size": 6},
         "log_every_steps": 1,
         "evaluation": {"max_examples": 8},
-        "checkpoint": {"every_steps": 3, "keep_last": 2},
+        "checkpoint": {"every_steps": 2, "keep_last": 2},
     }
     return values | changes
 

@@ -182,13 +182,20 @@ def _build(config: AdaptConfig, hf_config: PretrainedConfig, settings: dict[str,
 
         # Not told the dtype: fp32 would become the 16-bit type of the device. It reads the config.
         with deepspeed.zero.Init(config_dict_or_path=settings), no_init_weights():
-            return construct()
+            model = construct()
+            _tie(model)
+        return model
     with init_empty_weights(include_buffers=False):
         model = construct()
-    if isinstance(model.model, CausalModel):
-        model.model.model.tie_weights()  # which the context has untied
+    _tie(model)
     _give_memory(model, dtype)
     return model
+
+
+def _tie(model: LossModel) -> None:
+    """Let a head share its embedding's weight where it does: both contexts make two of it."""
+    if isinstance(model.model, CausalModel):
+        model.model.model.tie_weights()
 
 
 def _give_memory(model: nn.Module, dtype: torch.dtype) -> None:

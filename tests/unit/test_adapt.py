@@ -1,281 +1,395 @@
+"""A whole adaptation in this process: what it learns, leaves behind, and continues from."""
+
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-import softprompt_dist
 from softprompt_dist import adapt
-from softprompt_dist.adapt_config import AdaptConfig, ArchitectureConfig
-from softprompt_dist.backbone.t5_v11 import new_t5, read_t5
+from softprompt_dist.adaptation import model as adaptation_model
+from softprompt_dist.adaptation import peak, session
+from softprompt_dist.adaptation import run as adaptation_run
+from softprompt_dist.adaptation.run import build_run, start
 from softprompt_dist.config import TuneConfig
 from softprompt_dist.errors import BackboneError, CheckpointError, ConfigError, NonFiniteLossError
+from softprompt_dist.parallel.join import join_world
 from softprompt_dist.recipe import load_recipe
-from softprompt_dist.run import adaptation_session, session
-from softprompt_dist.run.adaptation import update_weights, validation_loss
-from softprompt_dist.run.adaptation_export import write_t5
-from softprompt_dist.run.adaptation_rate import build_optimizer, learning_rate_at
-from softprompt_dist.run.adaptation_session import build_adaptation_run, export_newest
+from softprompt_dist.run import session as tuning_session
+from tests import adaptations
 
-TOKENIZER = Path(softprompt_dist.__file__).parent / "assets" / "tiny-t5"
-SMALL = ArchitectureConfig(
-    d_model=16, d_kv=4, d_ff=24, num_heads=2, num_layers=1, num_decoder_layers=1
-)
+OPTIMIZERS = ("adafactor", "rms_scaled_adamw", "adamw")
 
 
 @pytest.fixture(autouse=True)
-def private_cache(tmp_path, monkeypatch):
+def world(lone_process, tmp_path, monkeypatch):
     monkeypatch.setenv("SOFTPROMPT_CACHE", str(tmp_path / "cache"))
+    # Both take long beside a few steps, and have tests of their own.
+    monkeypatch.setattr(session, "draw_curves", lambda directory: None)
+    monkeypatch.setattr(peak, "_SECONDS_OF_MEASURING", 0.0)
+    join_world()
 
 
 @pytest.fixture
 def make_config(tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text("\n".join(f"Sentence {i} is about river number {i * 3}." for i in range(60)))
-
-    def make(run="run", **changes):
-        values = {
-            "run_directory": str(tmp_path / run),
-            "steps": 6,
-            "init": "from_config",
-            "architecture": SMALL,
-            "tokenizer": str(TOKENIZER),
-            "corpus": [str(text)],
-            "validation_corpus": [str(text)],
-            "objective": "span_corruption",
-            "inputs_length": 16,
-            "targets_length": 16,
-            "optimizer": "rms_scaled_adamw",
-            "learning_rate": 0.02,
-            "schedule": "constant",
-            "warmup_steps": 2,
-            "evaluation": {"max_examples": 8},
-            "batch": {"global_batch_size": 4, "micro_batch_size": 2},
-            "checkpoint": {"every_steps": 3, "keep_last": 2},
-        }
-        return AdaptConfig.model_validate(values | changes)
-
-    return make
+    return lambda run="run", **changes: adaptations.config_of(tmp_path, run, **changes)
 
 
-def exported_weights(config):
-    return adaptation_session.read_t5(Path(config.run_directory) / "export", 0.0).state_dict()
+def started(config):
+    run = build_run(config, None)
+    start(run)
+    return run
+
+
+def updates(run, count):
+    with run.batches() as batches:
+        return [run.update(next(batches)) for _ in range(count)]
+
+
+def weights_of(run):
+    """Of a world of one, where every tensor is in one piece."""
+    return {
+        name: tensor.pieces[0].values.clone()
+        for name, tensor in run.engine.layout.weights().items()
+    }
+
+
+def assert_same(tensors, expected):
+    assert tensors.keys() == expected.keys()
+    assert [name for name in expected if not tensors[name].equal(expected[name])] == []
 
 
 @pytest.mark.parametrize("objective", ["span_corruption", "prefix_lm"])
-@pytest.mark.parametrize("optimizer", ["adafactor", "rms_scaled_adamw"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_the_loss_falls(make_config, objective, optimizer):
-    run = build_adaptation_run(
-        make_config(
-            objective=objective, optimizer=optimizer, learning_rate=0.05, max_gradient_norm=1.0
-        )
+    config = make_config(
+        objective=objective,
+        optimizer=optimizer,
+        learning_rate=0.01 if optimizer == "adamw" else 0.1,
+        max_gradient_norm=1.0,
+        batch={"global_batch_size": 8, "micro_batch_size": 8},
     )
-    losses = [update_weights(run)["cross_entropy"] for _ in range(25)]
+    losses = [metrics["cross_entropy"] for metrics in updates(started(config), 25)]
     assert losses[0] == pytest.approx(8.72, abs=0.5), "a fresh head must not be sure of anything"
     assert losses[-1] < losses[0] - 0.5
 
 
-def test_micro_batches_do_not_change_the_update(make_config):
-    weights = []
-    for micro in (1, 4):
-        batch = {"global_batch_size": 4, "micro_batch_size": micro}
-        run = build_adaptation_run(make_config(objective="prefix_lm", batch=batch))
-        update_weights(run)
-        weights.append(torch.cat([p.grad.flatten() for p in run.model.parameters()]))
-    torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-7)
+@pytest.mark.parametrize("objective", ["span_corruption", "prefix_lm"])
+def test_micro_batches_do_not_change_the_update(make_config, objective):
+    def after_two(micro_batch_size):
+        batch = {"global_batch_size": 12, "micro_batch_size": micro_batch_size}
+        run = started(make_config(objective=objective, optimizer="adafactor", batch=batch))
+        metrics = updates(run, 2)
+        return metrics, weights_of(run)
+
+    whole, weights = after_two(12)
+    for micro_batch_size in (1, 4):
+        parts, same = after_two(micro_batch_size)
+        for ours, theirs in zip(parts, whole, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+        for name, expected in weights.items():
+            torch.testing.assert_close(same[name], expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("optimizer", ["adafactor", "rms_scaled_adamw", "adamw"])
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(make_config, optimizer):
-    whole = make_config("whole", optimizer=optimizer, decay_steps=2)
-    adaptation_session.adapt(whole)
-    half = make_config("half", optimizer=optimizer, steps=3)
-    adaptation_session.adapt(half)
-    rest = make_config("half", optimizer=optimizer, decay_steps=2)
-    adaptation_session.adapt(rest, must_resume=True)
-    expected, resumed = exported_weights(whole), exported_weights(rest)
-    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
-    steps = [json.loads(x)["step"] for x in (Path(rest.run_directory) / "metrics.jsonl").open()]
-    assert 6 in steps
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer": "adafactor", "dropout": 0.1},
+        {"optimizer": "rms_scaled_adamw", "decay_steps": 3},
+        {"optimizer": "adamw", "engine": {"zero_stage": 2}},
+        {"optimizer": "adafactor", "engine": {"zero_stage": 3}, "dtype": "bf16"},
+    ],
+    ids=str,
+)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(make_config, settings):
+    whole = make_config("whole", **settings)
+    session.adapt(whole)
+    killed = make_config("killed", **settings)
+    kept = adaptations.checkpoint(killed.run_directory, 2)
+    shutil.copytree(adaptations.checkpoint(whole.run_directory, 2), kept)
+    session.adapt(killed, must_resume=True)
+    ours, theirs = killed.run_directory, whole.run_directory
+    tensors = adaptations.checkpoint_tensors(theirs, 4)
+    assert_same(adaptations.checkpoint_tensors(ours, 4), tensors)
+    assert adaptations.checkpoint_state(ours, 4) == adaptations.checkpoint_state(theirs, 4)
+    assert_same(adaptations.exported(ours), adaptations.exported(theirs))
+    before = adaptations.checkpoint_tensors(theirs, 2)
+    assert any(not tensors[name].equal(before[name]) for name in before)
+
+
+FACTORED = adaptations.ARCHITECTURE | {"d_model": 128, "d_ff": 128}
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "file"), [(truncate, "model.safetensors"), (flip_a_bit, "small.safetensors")]
+)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(make_config, damage, file, caplog):
+    config = make_config(optimizer="adafactor", architecture=FACTORED)
+    session.adapt(config)
+    expected = adaptations.exported(config.run_directory)
+    shutil.rmtree(Path(config.run_directory) / "export")
+    damage(adaptations.checkpoint(config.run_directory, 4) / file)
+    session.adapt(config, must_resume=True)
+    assert "corrupt-step-00000004" in caplog.text
+    assert_same(adaptations.exported(config.run_directory), expected)
 
 
 def test_a_checkpoint_of_another_recipe_or_corpus_is_refused(make_config, tmp_path):
-    adaptation_session.adapt(make_config(steps=3))
-    with pytest.raises(CheckpointError, match="learning_rate: saved 0.02, now 0.5"):
-        adaptation_session.adapt(make_config(learning_rate=0.5))
+    session.adapt(make_config(steps=3))
+    with pytest.raises(CheckpointError, match=r"learning_rate: saved 0.02, now 0.5.*--fresh"):
+        session.adapt(make_config(learning_rate=0.5))
     other = tmp_path / "other.txt"
-    other.write_text("Quite another text that is long enough for a piece of some length. " * 20)
-    with pytest.raises(CheckpointError, match="corpus"):
-        adaptation_session.adapt(make_config(corpus=[str(other)]))
+    other.write_text("Quite another text that is long enough for a piece of some length. \n" * 20)
+    with pytest.raises(CheckpointError, match="corpus fingerprint: saved"):
+        session.adapt(make_config(corpus=[str(other)]))
 
 
-def test_resume_and_export_need_a_checkpoint(make_config, tmp_path):
-    with pytest.raises(CheckpointError, match="no checkpoint"):
-        adaptation_session.adapt(make_config(), must_resume=True)
-    with pytest.raises(CheckpointError, match="no checkpoint"):
-        export_newest(make_config("empty"), tmp_path / "out")
+def test_what_does_not_change_the_result_may_change(make_config, tmp_path):
+    session.adapt(make_config(steps=3))
+    shutil.move(tmp_path / "run" / "export", tmp_path / "earlier")
+    moved = shutil.copy(tmp_path / "text.txt", tmp_path / "moved.txt")
+    changed = make_config(
+        corpus=[str(moved)],
+        batch={"global_batch_size": 12, "micro_batch_size": 4},
+        engine={"zero_stage": 2},
+        checkpoint={"every_steps": 2, "keep_last": 9},
+    )
+    session.adapt(changed, must_resume=True)
+    assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == [
+        "step-00000003", "step-00000004"
+    ]  # fmt: skip
+
+
+def test_fresh_sets_the_old_run_aside(make_config, tmp_path):
+    session.adapt(make_config(steps=3))
+    shutil.rmtree(tmp_path / "run" / "export")
+    session.adapt(make_config(steps=3, learning_rate=0.5), fresh=True)
+    names = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert len(names) == 2
+    assert "step-00000003" in names
 
 
 def test_a_request_to_stop_saves_and_the_same_command_continues(make_config, monkeypatch):
-    def update_and_be_warned(run):
+    def update_and_be_warned(run, batches):
         if run.step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return update_weights(run)
+        return update(run, batches)
 
+    update = adaptation_run.AdaptationRun.update
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(adaptation_session, "update_weights", update_and_be_warned)
     config = make_config(checkpoint={"every_steps": 100, "keep_last": 1})
-    adaptation_session.adapt(config)
+    with monkeypatch.context() as patched:
+        patched.setattr(adaptation_run.AdaptationRun, "update", update_and_be_warned)
+        session.adapt(config)
     folder = Path(config.run_directory)
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-00000002"]
     assert not (folder / "export").exists()
     assert signal.getsignal(signal.SIGTERM) is before
-    adaptation_session.adapt(config, must_resume=True)
-    assert (folder / "export" / "model.safetensors").is_file()
+    session.adapt(config, must_resume=True)
+    undisturbed = make_config("undisturbed")
+    session.adapt(undisturbed)
+    assert_same(adaptations.exported(folder), adaptations.exported(undisturbed.run_directory))
 
 
-def test_a_non_finite_loss_stops_before_the_update(make_config):
-    run = build_adaptation_run(make_config())
-    with torch.no_grad():
-        run.model.lm_head.weight[0] = float("inf")
-    before = run.model.shared.weight.clone()
-    with pytest.raises(NonFiniteLossError, match="Step 1"):
-        update_weights(run)
-    assert torch.equal(run.model.shared.weight, before)
-    assert run.step == 0
+def token_loss_without_gradient(*arguments, **settings):
+    """The loss as it is, of which no gradient is a number."""
+    loss = token_loss(*arguments, **settings)
+    return loss._replace(total=loss.total + (loss.total - loss.total.detach()).sqrt())
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-5), ("bf16", 0.05)])
-def test_an_export_is_the_same_model_in_plain_transformers(make_config, dtype, tolerance):
-    config = make_config(export={"dtypes": [dtype]})
-    adaptation_session.adapt(config)
+token_loss = adaptation_model.token_loss
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [{"zero_stage": stage} for stage in (0, 1, 2, 3)]
+    + [{"zero_stage": 2, "offload_optimizer": "cpu"}],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_an_update_that_is_not_finite_is_not_made(make_config, monkeypatch, engine, dtype):
+    run = started(make_config(engine=engine, dtype=dtype))
+    updates(run, 1)
+    before = weights_of(run)
+    monkeypatch.setattr(adaptation_model, "token_loss", token_loss_without_gradient)
+    with pytest.raises(NonFiniteLossError, match=r"Step 2: .*must be finite.*Lower learning_rate"):
+        updates(run, 1)
+    assert_same(weights_of(run), before)
+    assert (run.step, run.engine.optimizer.num_updates) == (1, 1)
+
+
+def test_a_loss_that_is_not_finite_saves_and_stops(make_config):
+    config = make_config(optimizer="adamw", learning_rate=1e30)
+    with pytest.raises(NonFiniteLossError, match=r"Step (\d): The loss is nan.* step \d is saved"):
+        session.adapt(config)
+    (saved,) = (Path(config.run_directory) / "checkpoints").iterdir()
+    assert saved.name in ("step-00000001", "step-00000002")
+    assert not (Path(config.run_directory) / "export").exists()
+
+
+def test_exports_at_steps_and_in_dtypes_are_the_weights_of_those_steps(make_config):
+    config = make_config(
+        export={"steps": [2], "dtypes": ["fp32", "bf16"]},
+        checkpoint={"every_steps": 100, "keep_last": 1},
+    )
+    session.adapt(config)
+    for step, name in ((2, "export-step-00000002"), (4, "export")):
+        weights = adaptations.checkpoint_tensors(config.run_directory, step)
+        for suffix, dtype in (("", torch.float32), ("-bf16", torch.bfloat16)):
+            found = adaptations.exported(config.run_directory, name + suffix)
+            for key, tensor in found.items():
+                assert tensor.equal(weights[key].to(dtype)), key
+
+
+def test_an_export_is_the_same_model_in_plain_transformers(make_config):
+    config = make_config(objective="prefix_lm", validation_corpus=make_config().corpus)
+    session.adapt(config)
     folder = Path(config.run_directory) / "export"
-    run = build_adaptation_run(config)
-    adaptation_session.restore(
-        run, adaptation_session.CheckpointStore(folder.parent / "checkpoints", 1)
+    plain, info = AutoModelForSeq2SeqLM.from_pretrained(
+        folder, local_files_only=True, output_loading_info=True
     )
-    plain = AutoModelForSeq2SeqLM.from_pretrained(
-        folder, local_files_only=True, dtype=torch.float32
-    )
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    batch = tokenizer(["A river is wide", "Cold"], return_tensors="pt", padding=True)
-    batch["decoder_input_ids"] = torch.tensor([[0, 5, 6], [0, 7, 8]])
-    with torch.no_grad():
-        expected, logits = run.model.eval()(**batch).logits, plain.eval()(**batch).logits
-    torch.testing.assert_close(logits, expected, rtol=tolerance, atol=tolerance)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
     assert not torch.equal(plain.lm_head.weight, plain.shared.weight)
-    saved = json.loads((folder / "config.json").read_text())
-    assert saved["tie_word_embeddings"] is False
-    assert saved["decoder_start_token_id"] == 0
-
-
-def test_a_scale_before_the_head_is_exported_as_part_of_the_head(tmp_path):
-    model = new_t5(SMALL, 6144, 0.0, 0).eval()
-    ids = torch.tensor([[5, 6, 7]])
+    assert len(AutoTokenizer.from_pretrained(folder, local_files_only=True)) <= 6144
+    run = build_run(config, None)
+    session.restore(run, session._store(config, session.RunDirectory(folder.parent)).newest())
+    batch = run.validation["prefix_lm"][0]
+    logits_BV = run.engine.first_logits(batch)
+    inputs, mask = batch.input_ids_BS, batch.input_segments_BS > 0
     with torch.no_grad():
-        unscaled = model(input_ids=ids, decoder_input_ids=ids).logits
-        model.config.scale_decoder_outputs = True
-        expected = model(input_ids=ids, decoder_input_ids=ids).logits
-        write_t5(model, AutoTokenizer.from_pretrained(TOKENIZER), tmp_path, torch.float32)
-        plain = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, local_files_only=True).eval()
-        logits = plain(input_ids=ids, decoder_input_ids=ids).logits
-    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-6)
-    assert not torch.allclose(expected, unscaled, rtol=1e-2)
-    assert json.loads((tmp_path / "config.json").read_text())["scale_decoder_outputs"] is False
+        expected_BTV = plain.eval()(
+            input_ids=inputs,
+            attention_mask=mask.long(),
+            decoder_input_ids=batch.decoder_input_ids_BT,
+        ).logits
+    torch.testing.assert_close(logits_BV, expected_BTV[:, 0], rtol=1e-5, atol=1e-5)
 
 
-def test_a_new_t5_has_no_scale_before_its_head():
-    assert new_t5(SMALL, 6144, 0.0, 0).config.scale_decoder_outputs is False
+def test_the_newest_checkpoint_may_be_exported_without_training(make_config, tmp_path):
+    config = make_config(steps=3)
+    session.adapt(config)
+    session.export_newest(make_config(), None, tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert_same(found, adaptations.exported(config.run_directory))
 
 
-def test_validation_counts_every_piece_also_of_an_incomplete_micro_batch(make_config):
-    def loss(max_examples, size):
-        batch = {"global_batch_size": size, "micro_batch_size": size}
-        config = make_config(batch=batch, evaluation={"max_examples": max_examples})
-        return validation_loss(build_adaptation_run(config))
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_decoder_only_model_is_adapted_and_its_head_stays_tied(make_config, tiny_llama, stage):
+    config = make_config(
+        init="from_checkpoint",
+        backbone=str(tiny_llama),
+        tokenizer=None,
+        objective="lm",
+        engine={"zero_stage": stage},
+        validation_corpus=make_config().corpus,
+    )
+    session.adapt(config)
+    folder = Path(config.run_directory) / "export"
+    adapted = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    before = AutoModelForCausalLM.from_pretrained(tiny_llama, local_files_only=True)
+    ids = torch.arange(8)[None]
+    losses = [float(model(input_ids=ids, labels=ids).loss.detach()) for model in (before, adapted)]
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+    assert adapted.get_output_embeddings().weight is adapted.get_input_embeddings().weight
+    measured = [line for line in metrics_of(config) if "lm_nll" in line]
+    assert measured[-1]["lm_nll"] < measured[0]["lm_nll"]
 
-    one, three = loss(1, 1), loss(3, 1)
-    assert one != pytest.approx(three, rel=1e-5)
-    assert loss(1, 4) == pytest.approx(one, rel=1e-6)
-    assert loss(3, 2) == pytest.approx(three, rel=1e-6)
+
+def metrics_of(config):
+    return [json.loads(line) for line in (Path(config.run_directory) / "metrics.jsonl").open()]
+
+
+def test_every_step_and_measurement_is_on_record(make_config):
+    config = make_config(validation_corpus=make_config().corpus, z_loss=1e-2)
+    session.adapt(config)
+    trained = [line for line in metrics_of(config) if "gradient_norm" in line]
+    measured = [line for line in metrics_of(config) if "span_corruption_nll" in line]
+    assert [line["step"] for line in trained] == [1, 2, 3, 4]
+    assert [line["step"] for line in measured] == [0, 4]
+    assert [line["learning_rate"] for line in trained[:3]] == [0.01, 0.02, 0.02]
+    for line in trained:
+        assert line["loss"] == pytest.approx(line["cross_entropy"] + line["z_loss"])
+        assert line["z_loss"] > 0
+        assert 0 < line["update_rms"] < line["relative_update_rms"] * 2
+        assert line["num_tokens"] > 0
+    assert {"prefix_lm_nll", "sentinel_leak"} <= measured[0].keys()
+    assert (Path(config.run_directory) / "config.yaml").is_file()
+
+
+@pytest.mark.parametrize("max_examples", [1, 3])
+def test_validation_counts_every_example_also_of_an_incomplete_micro_batch(
+    make_config, max_examples
+):
+    def measured(micro_batch_size):
+        config = make_config(
+            batch={"global_batch_size": 12, "micro_batch_size": micro_batch_size},
+            validation_corpus=make_config().corpus,
+            evaluation={"max_examples": max_examples},
+        )
+        return started(config).measure()
+
+    assert measured(2) == pytest.approx(measured(1), rel=1e-6, abs=1e-6)
+    assert measured(4) == pytest.approx(measured(1), rel=1e-6, abs=1e-6)
+
+
+def test_dropout_is_trained_with_but_not_measured_with(make_config):
+    def run_of(dropout):
+        validation = make_config().corpus
+        return started(make_config(dropout=dropout, validation_corpus=validation))
+
+    without, with_dropout = run_of(0.0), run_of(0.5)
+    assert with_dropout.measure() == without.measure()
+    losses = [updates(run, 1)[0]["loss"] for run in (without, with_dropout)]
+    assert losses[0] != pytest.approx(losses[1], rel=1e-4)
+
+
+def test_an_adaptation_begins_with_the_weights_of_its_backbone(make_config):
+    session.adapt(make_config("first", steps=2))
+    folder = Path(make_config("first").run_directory) / "export"
+    second = make_config("second", init="from_checkpoint", backbone=str(folder), tokenizer=None)
+    expected = {name: weight.view(-1) for name, weight in adaptations.exported(folder, ".").items()}
+    for stage in (0, 3):
+        changed = second.model_copy(
+            update={"engine": second.engine.model_copy(update={"zero_stage": stage})}
+        )
+        assert_same(weights_of(started(changed)), expected)
 
 
 def test_tuning_does_not_continue_an_adaptation(make_config, tiny_recipe):
-    config = make_config(steps=3)
-    adaptation_session.adapt(config)
+    config = make_config(steps=1)
+    session.adapt(config)
     tuning = load_recipe(TuneConfig, tiny_recipe, [f"run_directory={config.run_directory}"])
-    with pytest.raises(CheckpointError, match=r"step 3 belongs to another run(.|\n)*--fresh"):
-        session.train(tuning)
+    with pytest.raises(CheckpointError, match=r"step 1 belongs to another run(.|\n)*--fresh"):
+        tuning_session.train(tuning)
 
 
-def test_adapting_an_export_continues_its_history(make_config):
-    adaptation_session.adapt(make_config("first", name="first"))
-    folder = Path(make_config("first").run_directory) / "export"
-    second = make_config(
-        "second", name="second", init="from_checkpoint", backbone=str(folder), tokenizer=None,
-        objective="prefix_lm",
-    )  # fmt: skip
-    before = read_t5(folder, 0.0).state_dict()
-    run = build_adaptation_run(second)
-    assert all(torch.equal(before[name], tensor) for name, tensor in run.model.state_dict().items())
-    adaptation_session.adapt(second)
-    card = (Path(second.run_directory) / "export" / "README.md").read_text()
-    assert "| first | span_corruption | 6 |" in card
-    assert "| second | prefix_lm | 6 |" in card
-    assert str(Path(second.run_directory).parent) not in card
-
-
-def test_a_model_without_a_head_of_its_own_is_refused(tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    write_t5(
-        new_t5(SMALL, 6144, 0.0, 0),
-        AutoTokenizer.from_pretrained(TOKENIZER),
-        tmp_path,
-        torch.float32,
-    )
-    tensors = load_file(tmp_path / "model.safetensors")
+def test_a_backbone_that_lacks_a_weight_is_refused(make_config, tmp_path):
+    session.adapt(make_config("first", steps=1))
+    folder = tmp_path / "first" / "export"
+    tensors = load_file(folder / "model.safetensors")
     del tensors["encoder.block.0.layer.0.SelfAttention.q.weight"]
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(BackboneError, match="SelfAttention.q"):
-        read_t5(tmp_path, 0.0)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = make_config(init="from_checkpoint", backbone=str(folder), tokenizer=None)
+    with pytest.raises(BackboneError, match=r"SelfAttention\.q"):
+        session.adapt(config)
 
 
-def test_what_init_needs_must_be_given(make_config):
-    with pytest.raises(ConfigError, match="tokenizer"):
-        build_adaptation_run(make_config(tokenizer=None))
-    with pytest.raises(ConfigError, match="backbone"):
-        build_adaptation_run(make_config(init="from_checkpoint"))
+def test_a_recipe_must_be_named():
     with pytest.raises(ConfigError, match="--recipe"):
         adapt.main([])
-
-
-def test_schedules(make_config):
-    rsqrt = make_config(schedule="rsqrt", learning_rate=1.0, warmup_steps=100, start_step=0)
-    assert learning_rate_at(rsqrt, 0) == learning_rate_at(rsqrt, 100) == 0.1
-    assert learning_rate_at(rsqrt, 400) == 0.05
-    late = make_config(schedule="rsqrt", learning_rate=1.0, warmup_steps=100, start_step=1_000_000)
-    assert learning_rate_at(late, 0) == 1e-3
-    constant = make_config(warmup_steps=4, steps=20, decay_steps=10)
-    assert learning_rate_at(constant, 0) == pytest.approx(0.005)
-    assert learning_rate_at(constant, 10) == 0.02
-    assert learning_rate_at(constant, 15) == pytest.approx(0.01)
-    cosine = make_config(schedule="cosine", warmup_steps=1, steps=10)
-    assert learning_rate_at(cosine, 5) == pytest.approx(0.01)
-    assert learning_rate_at(cosine, 10) == pytest.approx(0.0)
-
-
-def test_a_scaled_step_is_relative_to_the_size_of_the_matrix(make_config):
-    small = torch.nn.Parameter(torch.full((4, 4), 0.1))
-    large = torch.nn.Parameter(torch.full((4, 4), 10.0))
-    tiny = torch.nn.Parameter(torch.zeros(4))
-    optimizer = build_optimizer(make_config(warmup_steps=0), [small, large, tiny])
-    for parameter in (small, large, tiny):
-        parameter.grad = torch.full_like(parameter, 3.0)
-    optimizer.step()
-    torch.testing.assert_close(small.detach(), torch.full((4, 4), 0.1 * 0.98))
-    torch.testing.assert_close(large.detach(), torch.full((4, 4), 10.0 * 0.98))
-    torch.testing.assert_close(tiny.detach(), torch.full((4,), -0.02 * 1e-3))
