@@ -183,7 +183,8 @@ def test_a_build_killed_between_any_two_writes_goes_on(tmp_path, tokenizer, line
     lines = progress.read_bytes().splitlines(keepends=True)
     assert len(lines) > 4
     progress.write_bytes(b"".join(lines[:lines_left]) + torn)
-    (tmp_path / "out" / ".tmp-shard-0123").write_bytes(b"half")
+    for name in (".tmp-shard-0123", ".tmp-building.jsonl-0123", ".tmp-manifest.json-0123"):
+        (tmp_path / "out" / name).write_bytes(b"half")
     build_corpus(request, tokenizer, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 

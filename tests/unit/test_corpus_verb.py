@@ -115,7 +115,8 @@ def test_what_is_mistyped_is_a_message(tmp_path):
     for arguments, message in (
         ([*build, "--part", "0/3"], "0/3 is no part; write 1/16"),
         ([*build, "--part", "4/3"], "4/3 is no part"),
-        ([*build, "--workers", "0"], "0 must be at least 1"),
+        ([*build, "--workers", "0"], "must be a whole number of at least 1"),
+        ([*build, "--workers", "two"], "two' must be a whole number"),
         (["build", text], "SOURCE"),
         (["bild"], "invalid choice: 'bild'"),
     ):
@@ -126,3 +127,7 @@ def test_what_is_mistyped_is_a_message(tmp_path):
         main([*build[:-1], str(tmp_path / "none")])
     with pytest.raises(DataError, match="is no corpus"):
         main(["show", str(tmp_path)])
+    with pytest.raises(DataError, match="a.txt is a file, and a corpus is a folder"):
+        main(["show", text])
+    with pytest.raises(DataError, match="Cannot make the folder .*Not a directory. Choose"):
+        main(["build", f"{text}/below", *build[2:]])

@@ -100,6 +100,25 @@ def test_a_piece_with_a_space_in_it_is_found():
     assert len(encoded(spec, LINES)[0]) < len(ids_of(tiny_t5(), LINES)[0])
 
 
+@pytest.mark.parametrize("piece", ["\n", "▁", "▁wide,"])
+def test_a_piece_that_is_looked_for_with_a_space_is_found(piece):
+    """T5's normaliser makes a space of a line feed and of the sign that stands for one."""
+    other = tiny_t5()
+    other.add_tokens([piece])
+    spec = EncoderSpec.of(other)
+    assert encoded(spec, [*LINES, *AWKWARD]) == ids_of(other, [*LINES, *AWKWARD])
+    assert encoded(spec, LINES) != ids_of(tiny_t5(), LINES)
+
+
+def test_words_as_long_as_documents_do_not_fill_the_memory(tokenizer, monkeypatch):
+    monkeypatch.setattr(encoding, "CHARACTERS_KEPT", 5_000)
+    encode = EncoderSpec.of(tokenizer).encoder()
+    for number in range(20):
+        text = f"{number}漢字" * 500
+        assert encode([text]).token_ids.tolist() == ids_of(tokenizer, [text])[0]
+    assert len(encode._number_of) < 10
+
+
 def test_what_was_cut_and_padded_before_changes_nothing(tokenizer):
     used = tiny_t5()
     used(["a", "a much longer text than four pieces"], padding=True, truncation=True, max_length=4)

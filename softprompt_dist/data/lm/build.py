@@ -29,7 +29,6 @@ from softprompt_dist.data.lm.manifest import (
 from softprompt_dist.data.lm.progress import PROGRESS, Cursor, ProgressFile, hold
 from softprompt_dist.data.lm.progress_bar import ProgressBar
 from softprompt_dist.data.lm.shard_sequence import ShardSequence
-from softprompt_dist.data.lm.shards import TEMPORARY_PREFIX
 from softprompt_dist.data.lm.text_sources import TextSource
 from softprompt_dist.durable import flush_folder
 from softprompt_dist.errors import DataError, MachineError
@@ -86,7 +85,13 @@ def _prepare(folder: Path) -> bool:
     is_new = not folder.exists()
     if folder.is_file():
         raise DataError(f"{folder} is a file; a corpus is a folder. Choose another name.")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"Cannot make the folder {folder}: {error.strerror}. Choose a place for it that can be "
+            f"written to."
+        ) from error
     names = {path.name for path in folder.iterdir()}
     if names and not names & {PROGRESS, MANIFEST, ".lock"}:
         raise DataError(
@@ -133,7 +138,7 @@ class _Build:
         """Go on from the last whole shard to the manifest."""
         plan = self._plan()
         done = self._progress.start_or_resume(plan)
-        for path in self._folder.glob(f"{TEMPORARY_PREFIX}*"):
+        for path in self._folder.glob(".tmp-*"):  # of a build that was killed
             path.unlink()
         shards = ShardSequence(
             self._folder,

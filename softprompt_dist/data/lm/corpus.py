@@ -217,7 +217,10 @@ def _manifest_in(folder: Path) -> Manifest:
             f"The build of {folder} was interrupted. Start the same `softprompt corpus build` "
             f"again; it goes on where it stopped."
         )
-    what = "is no corpus: it has no manifest.json" if folder.is_dir() else "does not exist"
+    if folder.is_dir():
+        what = "is no corpus: it has no manifest.json"
+    else:
+        what = "is a file, and a corpus is a folder" if folder.exists() else "does not exist"
     raise DataError(f"{folder} {what}. Name a folder that `softprompt corpus build` made.")
 
 

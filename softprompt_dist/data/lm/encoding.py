@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 WORDS_KEPT = 1 << 19
 """Then all are forgotten; about 80 MB."""
+CHARACTERS_KEPT = 1 << 24
+"""The same, for text whose words are as long as its sentences, as Chinese is."""
 
 
 class EncodedTexts(NamedTuple):
@@ -96,7 +98,7 @@ def words_are_independent(backend: str) -> bool:
         and all(step["type"] == "Precompiled" for step in _flat(state["normalizer"], "normalizers"))
         and first["type"] == "WhitespaceSplit"
         and all(_marks_every_word(step) for step in others)
-        and not any(" " in token["content"] for token in state["added_tokens"])
+        and not _has_piece_across_words(backend, state["added_tokens"])
     )
 
 
@@ -108,6 +110,22 @@ def _flat(step: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
 
 def _marks_every_word(step: dict[str, Any]) -> bool:
     return step["type"] == "Metaspace" and step.get("prepend_scheme") == "always"
+
+
+def _has_piece_across_words(backend: str, added_tokens: Sequence[dict[str, Any]]) -> bool:
+    """Whether an added piece is looked for with a space in it.
+
+    One that is `normalized` is looked for as the normaliser makes it: a line feed, as a space.
+    """
+    from tokenizers import Tokenizer
+
+    normalizer = Tokenizer.from_str(backend).normalizer
+
+    def sought(token: dict[str, Any]) -> str:
+        content: str = token["content"]
+        return normalizer.normalize_str(content) if token["normalized"] and normalizer else content
+
+    return any(" " in sought(token) for token in added_tokens)
 
 
 def _settled(backend: str) -> str:
@@ -144,13 +162,14 @@ class _WordEncoder:
 
     def _forget(self) -> None:
         self._number_of = _Numbering()
+        self._num_characters = 0
         self._ids = np.empty(0, dtype=self._dtype)
         self._starts = self._lengths = np.zeros(1, dtype=np.int64)
 
     def __call__(self, texts: Sequence[str]) -> EncodedTexts:
         if not texts:
             return _joined([], self._dtype)
-        if len(self._number_of) > WORDS_KEPT:
+        if len(self._number_of) > WORDS_KEPT or self._num_characters > CHARACTERS_KEPT:
             self._forget()
         num_words = np.fromiter((text.count(" ") + 1 for text in texts), np.int64, len(texts))
         words = " ".join(texts).split(" ")
@@ -169,6 +188,7 @@ class _WordEncoder:
         if not words:
             return
         token_ids, lengths = self._encode(words)
+        self._num_characters += sum(map(len, words))
         starts = len(self._ids) + np.cumsum(lengths) - lengths
         leans = np.fromiter(map(_leans_on_a_space, words), np.bool_, len(words))
         self._ids = np.concatenate([self._ids, token_ids])

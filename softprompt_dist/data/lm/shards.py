@@ -25,7 +25,6 @@ from softprompt_dist.durable import flush_folder
 from softprompt_dist.errors import DataError
 
 OFFSET_DTYPE = "<i8"
-TEMPORARY_PREFIX = ".tmp-shard-"
 
 
 def shard_name(index: int) -> str:
@@ -38,7 +37,7 @@ class _HashedFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._temporary = path.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}")
+        self._temporary = path.with_name(f".tmp-shard-{uuid.uuid4().hex}")
         self._digest = hashlib.sha256()
         self._file = self._temporary.open("xb")
 

@@ -185,7 +185,8 @@ def _readable(shown: str) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
-        raise DataError(f"Cannot read {shown}: {error}. Check that the file is whole.") from error
+        said = str(error).rstrip(".")
+        raise DataError(f"Cannot read {shown}: {said}. Check that the file is whole.") from error
 
 
 def _lines_of(file: IO[bytes], name: str) -> Iterator[bytes]:
