@@ -15,7 +15,7 @@ from typing import Any
 from softprompt_dist.backbone.cell import Cluster, Workload
 from softprompt_dist.durable import replace_file
 from softprompt_dist.errors import ConfigError, MachineError
-from softprompt_dist.parallel.verb import VerbParser, run_verb
+from softprompt_dist.parallel.verb import VerbParser, count, run_verb
 from softprompt_dist.planning.adaptation import (
     DEFAULT_MFU,
     DEFAULT_STEPS,
@@ -38,7 +38,7 @@ from softprompt_dist.planning.adaptation_report import (
 from softprompt_dist.planning.choose import Question, all_plans, choose
 from softprompt_dist.planning.machine import DEFAULT_GPU, GPUS, Gpu, Machine, gpu_named
 from softprompt_dist.planning.models import find_architecture
-from softprompt_dist.planning.options import add_number, amount, share, whole
+from softprompt_dist.planning.options import add_number, amount, share
 from softprompt_dist.planning.report import (
     advice,
     describe_question,
@@ -82,7 +82,7 @@ def build_parser() -> VerbParser:
         ("input-length", f"tokens of the longest input, or a row (tune: {work.input_length})"),
         ("target-length", f"tokens of the longest target, or a row (tune: {work.target_length})"),
     ):
-        add_number(parser, name, whole, purpose)
+        add_number(parser, name, count, purpose)
     _add_machine_options(parser)
     _add_tune_options(parser)
     _add_adapt_options(parser)
@@ -96,8 +96,8 @@ def _add_machine_options(parser: VerbParser) -> None:
         default=DEFAULT_GPU,
         help=f"memory and speeds of {', '.join(GPUS)} (default: {DEFAULT_GPU})",
     )
-    add_number(parser, "gpus", whole, "GPUs of each node (default: 1)", 1)
-    add_number(parser, "nodes", whole, "number of nodes (default: 1)", 1)
+    add_number(parser, "gpus", count, "GPUs of each node (default: 1)", 1)
+    add_number(parser, "nodes", count, "number of nodes (default: 1)", 1)
     for name, purpose in (
         ("gpu-memory", "GB (10^9 bytes) of a GPU, instead of --gpu's"),
         ("gpu-tflops", "peak of its dense bf16 products (fp32 where it has no bf16)"),
@@ -110,7 +110,7 @@ def _add_tune_options(parser: VerbParser) -> None:
     group = parser.add_argument_group("--stage tune")
     machine = Machine(gpu_named(DEFAULT_GPU), Cluster())
     purpose = f"trained vectors before the input (default: {Workload().prompt_length})"
-    add_number(group, "prompt-length", whole, purpose)
+    add_number(group, "prompt-length", count, purpose)
     group.add_argument(
         "--quantized-layers",
         choices=["blocks", "blocks_without_wo"],
@@ -138,8 +138,8 @@ def _add_adapt_options(parser: VerbParser) -> None:
         help="recipe whose rows are planned (default: paper-512-512, without other lengths)",
     )
     purpose = f"positions of the longer side of all rows (default: 2^20 = {DEFAULT_TOKENS})"
-    add_number(group, "tokens-per-batch", whole, purpose)
-    add_number(group, "steps", whole, f"updates in all (default: {DEFAULT_STEPS})")
+    add_number(group, "tokens-per-batch", count, purpose)
+    add_number(group, "steps", count, f"updates in all (default: {DEFAULT_STEPS})")
     purpose = f"share of the peak that is reached (default: {DEFAULT_MFU})"
     add_number(group, "mfu", share, purpose)
     group.add_argument(

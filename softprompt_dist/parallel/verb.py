@@ -145,13 +145,11 @@ def count(text: str) -> int:
     """An option's value that must be at least 1.
 
     Raises:
-        ArgumentTypeError: it is less.
-        ValueError: it is no whole number.
+        ArgumentTypeError: it is less, or no whole number.
     """
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return int(text)
 
 
 def run_verb(main: Main, argv: Sequence[str] | None = None) -> NoReturn:

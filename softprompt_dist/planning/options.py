@@ -17,17 +17,6 @@ def add_number(
     parser.add_argument(f"--{name}", metavar="N", type=kind, default=default, help=purpose)
 
 
-def whole(text: str) -> int:
-    """A whole number.
-
-    Raises:
-        ArgumentTypeError: it is none, or less than 1.
-    """
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
-    return int(text)
-
-
 def amount(text: str) -> float:
     """A number above 0.
 

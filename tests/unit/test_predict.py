@@ -155,7 +155,7 @@ def test_another_prompt_is_refused(
         ("--output", "{tmp}/empty.jsonl/out.jsonl", ["Cannot write", "--output"]),
         ("--output", "{data}/test.jsonl", ["is the file of --input"]),
         ("--output", "{tmp}", ["must end in .jsonl"]),
-        ("--window", "0", ["0 must be at least 1"]),
+        ("--window", "0", ["must be a whole number of at least 1"]),
         ("--task", "squad", ["free text", "greedy"]),
         ("--task", "bolq", ["'boolq'"]),
         ("--prompt", "{tmp}/none.safetensors", ["does not exist"]),

@@ -100,7 +100,7 @@ def test_what_is_mistyped_is_a_message():
         main(["show", "bolq"])
     with pytest.raises(ConfigError, match="invalid choice: 'shwo'"):
         main(["shwo"])
-    with pytest.raises(ConfigError, match="0 must be at least 1"):
+    with pytest.raises(ConfigError, match="must be a whole number of at least 1"):
         main(["show", "boolq", "--examples", "0"])
     with pytest.raises(ConfigError, match="ACTION"):
         main([])
