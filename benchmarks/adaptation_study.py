@@ -26,6 +26,14 @@ from benchmarks.report import markdown_table
 from softprompt_dist.errors import MachineError
 
 SIZES = {
+    "nano": {
+        "d_model": 64,
+        "d_kv": 16,
+        "d_ff": 160,
+        "num_heads": 4,
+        "num_layers": 2,
+        "num_decoder_layers": 2,
+    },
     "mini": {"d_model": 96, "d_kv": 16, "d_ff": 256, "num_layers": 2, "num_decoder_layers": 2},
     "tiny": {},
 }
@@ -206,7 +214,7 @@ def _plot(members: Sequence[Member], path: Path) -> None:
         "prefix_lm_nll": ("Prefix LM", "nats per target token"),
         "sentinel_leak": ("Continuations that begin with a sentinel", "% of validation prefixes"),
     }
-    colors = dict(zip(dict.fromkeys(m.size for m in members), ("#1f5fa8", "#d1600a"), strict=False))
+    colors = dict(zip(dict.fromkeys(m.size for m in members), ("#3f8f4f", "#1f5fa8", "#d1600a"), strict=False))
     for axis, (key, (title, unit)) in zip(axes, titles.items(), strict=False):
         for member in members:
             steps, values = zip(*((s, e[key]) for s, e in member.course()), strict=True)
@@ -224,7 +232,7 @@ def _plot_scores(axis: Any, members: Sequence[Member], colors: dict[str, str]) -
         own = [member for member in members if member.size == size]
         for place, condition in enumerate(CONDITIONS):
             scores = [member.result(condition)["score"] for member in own]
-            at = place + 0.24 * (number - 0.5)
+            at = place + 0.26 * (number - (len(colors) - 1) / 2)
             axis.bar(at, statistics.mean(scores), 0.24, color=color, alpha=0.5)
             axis.plot([at] * len(scores), scores, "o", color=color, markersize=4)
     names = ["span\ncorruption", "span +\nsentinel", "LM\n10 %", "LM\n50 %", "LM\n100 %"]
