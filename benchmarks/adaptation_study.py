@@ -39,6 +39,7 @@ SIZES = {
 }
 """Name -> what differs from the architecture of the recipe."""
 SENTINEL = "<extra_id_0>"
+_COLORS = ("#3f8f4f", "#1f5fa8", "#d1600a")
 
 
 @dataclass(frozen=True)
@@ -214,7 +215,9 @@ def _plot(members: Sequence[Member], path: Path) -> None:
         "prefix_lm_nll": ("Prefix LM", "nats per target token"),
         "sentinel_leak": ("Continuations that begin with a sentinel", "% of validation prefixes"),
     }
-    colors = dict(zip(dict.fromkeys(m.size for m in members), ("#3f8f4f", "#1f5fa8", "#d1600a"), strict=False))
+    colors = dict(
+        zip(dict.fromkeys(m.size for m in members), ("#3f8f4f", "#1f5fa8", "#d1600a"), strict=False)
+    )
     for axis, (key, (title, unit)) in zip(axes, titles.items(), strict=False):
         for member in members:
             steps, values = zip(*((s, e[key]) for s, e in member.course()), strict=True)
