@@ -28,7 +28,7 @@ from softprompt_dist.planning.adaptation import (
     row_lengths,
     rows_of,
     usual_micro_batch,
-    without_offloading,
+    with_micro_batch_that_fits,
 )
 from softprompt_dist.planning.adaptation_report import (
     adaptation_ds_config_text,
@@ -272,7 +272,7 @@ def _adaptation_question(options: argparse.Namespace) -> tuple[AdaptationQuestio
         optimizer=options.optimizer or "adafactor",
         host_memory_gb=options.host_memory,
     )
-    return (question if options.micro_batch else without_offloading(question)), preset
+    return (question if options.micro_batch else with_micro_batch_that_fits(question)), preset
 
 
 if __name__ == "__main__":

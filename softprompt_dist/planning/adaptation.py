@@ -211,15 +211,21 @@ def largest_adaptation_micro_batch(question: AdaptationQuestion, engine: Engine)
     return 0
 
 
-def without_offloading(question: AdaptationQuestion) -> AdaptationQuestion:
-    """The same with the largest smaller micro-batch that spares off-loading, if there is one."""
+def with_micro_batch_that_fits(question: AdaptationQuestion) -> AdaptationQuestion:
+    """The same with the largest micro-batch, this or a smaller one, that spares off-loading.
+
+    If there is none, with the largest that fits at all.
+    """
     share = question.rows // question.cluster.num_gpus
+    offloaded: AdaptationQuestion | None = None
     for size in range(question.micro_batch, 0, -1):
         smaller = replace(question, micro_batch=size)
         chosen = choose_adaptation(adaptation_plans(smaller)) if share % size == 0 else None
         if chosen is not None and not chosen.engine.offload:
             return smaller
-    return question
+        if chosen is not None:
+            offloaded = offloaded or smaller
+    return offloaded or question
 
 
 def fewest_adaptation_gpus(question: AdaptationQuestion) -> int | None:

@@ -18,7 +18,7 @@ from softprompt_dist.planning.adaptation import (
     make_adaptation_plan,
     real_share,
     rows_of_pairs,
-    without_offloading,
+    with_micro_batch_that_fits,
 )
 from softprompt_dist.planning.adaptation_memory import (
     Engine,
@@ -183,11 +183,19 @@ def test_gradients_summed_in_bf16_are_never_chosen() -> None:
 def test_a_smaller_micro_batch_is_taken_before_off_loading() -> None:
     question = replace(ask(gb=40), optimizer="adamw")
     assert chosen(question).offload
-    smaller = without_offloading(question)
+    smaller = with_micro_batch_that_fits(question)
     assert smaller.micro_batch == 8
     assert not chosen(smaller).offload
     alone = ask(gpus=1)
-    assert without_offloading(alone) == alone
+    assert with_micro_batch_that_fits(alone) == alone
+
+
+def test_a_smaller_micro_batch_is_taken_where_only_off_loading_fits() -> None:
+    assert choose_adaptation(adaptation_plans(ask(gb=16))) is None
+    smaller = with_micro_batch_that_fits(ask(gb=16))
+    assert smaller.micro_batch == 8
+    assert chosen(smaller).offload
+    assert with_micro_batch_that_fits(ask(gb=4)) == ask(gb=4)
 
 
 def test_the_nodes_memory_is_checked_where_it_is_known() -> None:
