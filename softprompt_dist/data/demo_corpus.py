@@ -14,13 +14,13 @@ import gzip
 import hashlib
 import html
 import json
+import lzma
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, cast
 
-from softprompt_dist.data.corpus import open_text
 from softprompt_dist.errors import DataError
 
 MAX_DOCUMENT_CHARACTERS = 4000
@@ -58,6 +58,18 @@ def vader_snippets(path: Path) -> Iterator[str]:
         text = line.split("\t", 2)[-1].strip()
         if text and not is_held_out(text):
             yield text
+
+
+def open_text(path: Path) -> IO[str]:
+    """A UTF-8 file, `.gz` and `.xz` included.
+
+    Raises:
+        DataError: there is no such file.
+    """
+    if not path.is_file():
+        raise DataError(f"Text file {path} does not exist. Give a path to plain text, .gz or .xz.")
+    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
+    return cast(IO[str], openers.get(path.suffix, open)(path, "rt", encoding="utf-8"))
 
 
 def json_texts(path: Path) -> Iterator[str]:

@@ -8,7 +8,7 @@ is clipped by its root mean square over the whole tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from softprompt_dist.config import OptimizerConfig
 from softprompt_dist.errors import CheckpointError, ConfigError
-from softprompt_dist.run.parameterwise import SMALLEST_PARAMETER_SCALE, ParameterwiseOptimizer
 
 SMALLEST_FACTORED_AXIS = 128
 SMALLEST_LEARNING_RATE = 1e-8
+_SMALLEST_PARAMETER_SCALE = 1e-3
+"""Where steps are relative to a parameter's root mean square, it counts as at least this."""
 
 
-class T5XAdafactor(ParameterwiseOptimizer):
+class T5XAdafactor(torch.optim.Optimizer):
     """Adafactor without momentum (Shazeer and Stern, 2018) exactly as T5X computes it.
 
     Moments are float32 whatever the parameter's dtype. `lr` may be changed between updates through
@@ -73,12 +74,22 @@ class T5XAdafactor(ParameterwiseOptimizer):
         }
         super().__init__(parameters, defaults)
 
-    def update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
-        """Move `parameter` by its gradient, in place, with the settings of its group."""
-        state = self.state[parameter]
-        if not state:
-            state.update(_initial_state(parameter))
-        _update(parameter, state, group)
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Apply one update to every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state.update(_initial_state(parameter))
+                _update(parameter, state, group)
+        return loss
 
 
 def build_optimizer(
@@ -203,7 +214,7 @@ def _update(parameter: Tensor, state: dict[str, Tensor], group: Mapping[str, Any
     if group["clipping_threshold"] is not None:
         update /= torch.clamp(_rms(update) / group["clipping_threshold"], min=1.0)
     if group["multiply_by_parameter_scale"]:
-        update *= torch.clamp(_rms(weight), min=SMALLEST_PARAMETER_SCALE)
+        update *= torch.clamp(_rms(weight), min=_SMALLEST_PARAMETER_SCALE)
     update *= group["lr"]
     parameter.copy_(weight * (1.0 - group["weight_decay"]) - update)
     state["step"] += 1

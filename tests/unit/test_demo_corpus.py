@@ -1,6 +1,7 @@
 import gzip
 import hashlib
 import json
+import lzma
 from pathlib import Path
 
 import pytest
@@ -101,3 +102,13 @@ def test_the_packaged_tokenizer_has_the_ids_of_t5():
     ids = tokenizer(text).input_ids
     assert ids[-1] == 1
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+@pytest.mark.parametrize(("suffix", "opener"), [("", open), (".gz", gzip.open), (".xz", lzma.open)])
+def test_texts_may_be_packed(tmp_path, suffix, opener):
+    path = tmp_path / f"texts.jsonl{suffix}"
+    with opener(path, "wt", encoding="utf-8") as file:
+        file.write('{"text": " café "}\n{"text": "second"}\n')
+    assert list(demo_corpus.json_texts(path)) == ["café", "second"]
+    with pytest.raises(DataError, match=r"absent\.txt does not exist"):
+        demo_corpus.open_text(tmp_path / "absent.txt")
