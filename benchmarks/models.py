@@ -41,13 +41,14 @@ def _shape(
 SHAPES = {
     "tiny": _shape(_TINY_WIDTH, 2, 2, 6272),
     "24+24 tiny layers": _shape(_TINY_WIDTH, 24, 24, 256),
+    "28m": _shape(_T5_SMALL_WIDTH, 4, 4, 6272),
     "77m": _shape(_T5_SMALL_WIDTH, 8, 8, _VOCABULARY),
     "200m": _shape(_T5_BASE_WIDTH, 9, 9, _VOCABULARY),
     "1.4b": _shape(_T5_XL_WIDTH, 12, 11, _VOCABULARY),
     "xxl": _shape(_T5_XXL_WIDTH, 24, 24, _VOCABULARY),
 }
-"""Name -> settings of a T5Config. `77m`: as T5 v1.1 small; `200m`: 198 M; `1.4b`: 1.43 B; `xxl`:
-11.14 B."""
+"""Name -> settings of a T5Config. `77m`: as T5 v1.1 small, and `28m` as wide; `200m`: 198 M;
+`1.4b`: 1.43 B; `xxl`: 11.14 B."""
 
 
 def layers_of(num_encoder_layers: int, *, tiny: bool = False) -> dict[str, int]:
