@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,24 @@ from softprompt_dist.adapt_config import AdaptConfig
 from softprompt_dist.backbone.engine import automatic_values, similar_key
 from softprompt_dist.errors import ConfigError
 
+_REFUSED = {
+    "torch_autocast": "Set the recipe's dtype.",
+    "tensor_parallel": "Weights are sharded by ZeRO alone: set zero_optimization.stage to 3.",
+    "sequence_parallel_size": "Rows are not divided: set activation_checkpointing in the recipe.",
+    "data_efficiency": "The recipe decides what rows hold.",
+    "curriculum_learning": "The recipe decides what rows hold.",
+    "compression_training": "Weights are trained in fp32.",
+    "weight_quantization": "Weights are trained in fp32.",
+    "gradient_allreduce_op": "The loss is a sum over all rows, whatever the ranks.",
+    "disable_allgather": "Every rank computes with all weights.",
+}
+"""What would change the numbers, or who holds what, behind the recipe's back -> the remedy."""
+_REFUSED_OF_ZERO: dict[str, tuple[tuple[Any, ...], str]] = {
+    "mics_shard_size": ((-1, 0), "The optimizer sums over all ranks, not over groups of them."),
+    "zero_hpz_partition_size": ((1,), "Its second copy would not follow what is read from files."),
+    "compute_grad_norm": ((True,), "Whether an update is finite is seen from that norm."),
+}
+"""Setting -> values that do no harm, and the reason."""
 _SECTIONS = ("zero_optimization", "bf16", "fp16", "data_types", "communication_data_type")
 _BELONGS_TO_RECIPE = {
     "train_batch_size": "batch.global_batch_size",
@@ -70,7 +89,7 @@ def engine_config(
         world_size: number of ranks.
 
     Raises:
-        ConfigError: DeepSpeed does not know a key or a value of `zero_optimization`.
+        ConfigError: DeepSpeed does not know a key or a value.
     """
     base, batch, stage = dict(values or {}), config.batch, config.engine.zero_stage
     # That switch replaces torch's own linear function for the whole process.
@@ -97,6 +116,7 @@ def engine_config(
         # bf16 has 8 bits: the sum of tens of micro-batches would lose what the later ones add.
         # At stage 1 fp32 sums would be whole on every rank.
         settings["data_types"] = {"grad_accum_dtype": gradient_sums(config, base)}
+    _check_others(base | settings)
     return base | settings
 
 
@@ -116,9 +136,19 @@ def _problems(values: dict[str, Any]) -> list[str]:
         if key in values
     ]
     problems += [
-        f"sets {name!r} to {values[name]!r}; it must be an object of settings."
-        for name in _SECTIONS[:4]
-        if not isinstance(values.get(name, {}), dict)
+        f"sets {key!r}, which an adaptation cannot have. {remedy} Remove it from the JSON."
+        for key, remedy in _REFUSED.items()
+        if key in values
+    ]
+    zero = values.get("zero_optimization")
+    problems += [
+        f"sets zero_optimization.{key} to {zero[key]!r}. {reason} Remove it from the JSON."
+        for key, (harmless, reason) in _REFUSED_OF_ZERO.items()
+        if _is_object(zero) and key in zero and zero[key] not in harmless
+    ]
+    problems += [
+        f"sets {name!r} to {found!r}; it must be {wanted}."
+        for name, found, wanted in _of_wrong_kind(values)
     ]
     problems += [
         f'sets {name} to "auto", which only the Hugging Face Trainer fills in. Remove it.'
@@ -130,9 +160,36 @@ def _problems(values: dict[str, Any]) -> list[str]:
         for key in values
         if similar_key(key, _SECTIONS)
     ]
-    if isinstance(values.get("fp16"), dict) and values["fp16"].get("enabled"):
-        problems.append("enables fp16, in which T5 overflows and updates are lost. Use bf16.")
+    problems += [
+        f"sets {name} to fp16, in which T5 overflows and updates are lost. Use bf16."
+        for name in _in_fp16(values)
+    ]
     return problems
+
+
+def _of_wrong_kind(values: dict[str, Any]) -> Iterator[tuple[str, Any, str]]:
+    """(name, value, what it must be) of settings that are not of the type that we rely on."""
+    an_object, sections = "an object of settings", {n: values.get(n, {}) for n in _SECTIONS[:4]}
+    yield from ((n, found, an_object) for n, found in sections.items() if not _is_object(found))
+    zero, bf16 = sections["zero_optimization"], sections["bf16"]
+    for name in ("offload_optimizer", "offload_param") if _is_object(zero) else ():
+        if not _is_object(zero.get(name) or {}):
+            yield f"zero_optimization.{name}", zero[name], an_object
+    if _is_object(bf16) and not isinstance(bf16.get("enabled", True), bool):
+        yield "bf16.enabled", bf16["enabled"], "true or false"
+
+
+def _in_fp16(values: dict[str, Any]) -> Iterator[str]:
+    for section, key in (("fp16", "enabled"), ("data_types", "grad_accum_dtype")):
+        found = values.get(section)
+        if _is_object(found) and found.get(key) in (True, "fp16", "float16"):
+            yield f"{section}.{key}"
+    if values.get("communication_data_type") in ("fp16", "float16"):
+        yield "communication_data_type"
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
 
 
 def _check_zero(zero: dict[str, Any]) -> None:
@@ -148,3 +205,16 @@ def _check_zero(zero: dict[str, Any]) -> None:
             for e in error.errors()
         )
         raise ConfigError("ds_config: DeepSpeed refuses" + problems) from error
+
+
+def _check_others(settings: dict[str, Any]) -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+
+    refusals = (DeepSpeedConfigError, ValueError, TypeError, AssertionError, AttributeError)
+    try:
+        DeepSpeedConfig(settings)
+    except refusals as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"ds_config: DeepSpeed refuses it: {reason}. Correct or remove that setting."
+        ) from error

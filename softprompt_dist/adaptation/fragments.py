@@ -97,14 +97,40 @@ def _whole(parameter: nn.Parameter, name: str) -> Fragment:
 
 def _stages_1_and_2(optimizer: Any, names: Mapping[int, str]) -> dict[Tensor, list[Fragment]]:
     # Stage 1 that sums bf16 gradients in fp32 is another class of DeepSpeed's, with other names.
-    if hasattr(optimizer, "single_partition_of_fp32_groups"):
-        flats, groups = optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups
-    else:
-        flats, groups = optimizer.fp32_groups_flat_partition, optimizer.bf16_groups
-    return {
-        flat: [_mapped(parameter, names[id(parameter)]) for parameter in group]
-        for flat, group in zip(flats, groups, strict=True)
-    }
+    if not hasattr(optimizer, "single_partition_of_fp32_groups"):
+        groups = zip(optimizer.fp32_groups_flat_partition, optimizer.bf16_groups, strict=True)
+        return {flat: [_mapped(p, names[id(p)]) for p in group] for flat, group in groups}
+    from deepspeed import comm
+
+    found = {}
+    for flat, group, whole, dp_group in zip(
+        optimizer.single_partition_of_fp32_groups,
+        optimizer.bit16_groups,
+        optimizer.bit16_groups_flat,
+        optimizer.real_dp_process_group,
+        strict=True,
+    ):
+        first = flat.numel() * comm.get_rank(dp_group)
+        part = range(first, first + flat.numel())
+        found[flat] = [_overlap(p, names[id(p)], _offset(p, whole), part) for p in group]
+    return found
+
+
+def _offset(parameter: nn.Parameter, whole: Tensor) -> int:
+    """Of a parameter in the flat tensor that it is a view of, in elements.
+
+    By address: DeepSpeed's own mapping does not know the order of `round_robin_gradients`.
+    """
+    return (parameter.data_ptr() - whole.data_ptr()) // whole.element_size()
+
+
+def _overlap(parameter: nn.Parameter, name: str, offset: int, part: range) -> Fragment:
+    """What of a parameter lies in this rank's part of the flat tensor of all."""
+    start, stop = max(offset, part.start), min(offset + parameter.numel(), part.stop)
+    shape = tuple(parameter.shape)
+    if start >= stop:
+        return Fragment(name, shape, 0, 0, 0)
+    return Fragment(name, shape, start - offset, start - part.start, stop - start)
 
 
 def _mapped(parameter: Any, name: str) -> Fragment:
