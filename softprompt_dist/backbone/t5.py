@@ -63,19 +63,31 @@ class Stack(nn.Module):
     def position_bias(self, length: int) -> Tensor:
         """bias_1HSS of relative positions, for all layers; a decoder sees nothing that follows."""
         bias = self._shared["bias"]
-        positions_S = torch.arange(length, device=bias.weight.device)
-        distance_SS = positions_S[None, :] - positions_S[:, None]
-        buckets_SS = T5Attention._relative_position_bucket(  # noqa: SLF001 - T5's own numbers
-            distance_SS,
+        # Of each distance from key to query once, not of each pair: one more than there are.
+        distances_R = torch.arange(1 - length, length + 1, device=bias.weight.device)
+        buckets_R = T5Attention._relative_position_bucket(  # noqa: SLF001 - T5's own numbers
+            distances_R,
             bidirectional=not self.is_decoder,
             num_buckets=self._num_buckets,
             max_distance=self._max_distance,
         )
         # By a call, which brings the weight in where it is sharded.
-        bias_1HSS = bias(buckets_SS).permute(2, 0, 1).unsqueeze(0)
+        bias_1HSS = _by_pairs(bias(buckets_R).T, length).unsqueeze(0)
         if self.is_decoder:
-            bias_1HSS = bias_1HSS.masked_fill(distance_SS > 0, torch.finfo(bias_1HSS.dtype).min)
+            follows_SS = torch.ones_like(bias_1HSS[0, 0], dtype=torch.bool).triu(1)
+            bias_1HSS = bias_1HSS.masked_fill(follows_SS, torch.finfo(bias_1HSS.dtype).min)
         return bias_1HSS
+
+
+def _by_pairs(bias_HR: Tensor, length: int) -> Tensor:
+    """bias_HSS[:, i, j] of distances j - i, given bias_HR of distances 1 - S to S.
+
+    Copies of its R = 2 S numbers behind one another, read R - 1 at a time: every row begins one
+    distance earlier.
+    """
+    repeated = bias_HR[:, None].expand(-1, length, -1).flatten(1)
+    rows_HSR = repeated[:, : length * (2 * length - 1)].view(-1, length, 2 * length - 1)
+    return rows_HSR[..., length - 1 :]
 
 
 @dataclass(frozen=True)

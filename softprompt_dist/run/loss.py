@@ -1,7 +1,7 @@
-"""The loss of T5X (`losses.py`). Axes: B batch, T target tokens, V vocabulary, N = B T, R some of N.
+"""The loss of T5X (`losses.py`). Axes: B batch, T target tokens, V vocabulary, N = B T, R of N.
 
 Logits are the largest tensor of a step. Of its size there is only its gradient besides: softmax is
-computed some rows at a time, and again for the gradient.
+made some rows at a time, and again for the gradient.
 """
 
 from __future__ import annotations

@@ -64,3 +64,26 @@ def test_perfect_prediction_of_smoothed_labels_has_loss_zero():
     loss = token_loss(probabilities.log(), torch.tensor([[2]]), label_smoothing=smoothing)
 
     assert loss.total.item() == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_gradient_of_many_rows_is_autograd_s_in_fp64(label_smoothing):
+    """More rows than are worked on at a time, and not a multiple of it."""
+    vocabulary, z_loss = 1000, 1e-2
+    generator = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(2, 301, vocabulary, generator=generator)).requires_grad_()
+    labels = torch.randint(vocabulary, (2, 301), generator=generator)
+    labels[:, ::7] = -100
+    wide = logits.detach().double().requires_grad_()
+    counts = (labels != -100).flatten()
+    targets = torch.nn.functional.one_hot(labels.flatten().clamp(min=0), vocabulary).double()
+    spread = label_smoothing / (vocabulary - 1)
+    targets = targets * (1 - label_smoothing - spread) + spread
+    log_z = wide.flatten(0, 1).logsumexp(-1)
+    per_token = log_z - (targets * wide.flatten(0, 1)).sum(-1) + z_loss * log_z.square()
+    (0.1 * per_token[counts].sum()).backward()
+
+    loss = token_loss(logits, labels, z_loss=z_loss, label_smoothing=label_smoothing)
+    (0.1 * loss.total).backward()
+
+    torch.testing.assert_close(logits.grad.double(), wide.grad, rtol=1e-5, atol=1e-8)
