@@ -7,18 +7,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
 import softprompt_dist
 from softprompt_dist.adapt_config import AdaptConfig
+from softprompt_dist.adaptation import peak, session
 
 TOKENIZER = Path(softprompt_dist.__file__).parent / "assets" / "tiny-t5"
 ARCHITECTURE = {
     "d_model": 16, "d_kv": 4, "d_ff": 24, "num_heads": 2, "num_layers": 1, "num_decoder_layers": 1
 }  # fmt: skip
 LINES = [f"Sentence {i}{' and more' * (i % 7)} is about river number {i * 3}." for i in range(80)]
+
+
+def make_quick(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    """Leave out what takes long beside a few steps, and has tests of its own."""
+    monkeypatch.setenv("SOFTPROMPT_CACHE", str(cache))
+    monkeypatch.setattr(session, "draw_curves", lambda directory: None)
+    monkeypatch.setattr(peak, "_SECONDS_OF_MEASURING", 0.0)
 
 
 def recipe_values(folder: Path, **changes: Any) -> dict[str, Any]:

@@ -3,10 +3,13 @@
 A launch costs its imports, so one world carries out many runs.
 """
 
+import itertools
 import json
 import os
 import shutil
 import signal
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,28 +29,43 @@ MOVED, LAST = ("adafactor", "rms_scaled_adamw"), 24
 SMALL_GROUPS = {"stage": 3, "sub_group_size": 30_000, "stage3_param_persistence_threshold": 0}
 
 
-def carry_out(plan, rank_to_be_stopped=None):
-    """Carry out the runs of `plan` in this world; with a rank, warn it at step 2 of the last."""
+def carry_out(plan):
+    """Carry out the runs of `plan` in this world; the checkpoints that each leaves."""
     session.draw_curves = lambda directory: None
     peak._SECONDS_OF_MEASURING = 0.0
-    for number, values in enumerate(plan):
-        config = AdaptConfig.model_validate(values)
-        zero = {"zero_optimization": SMALL_GROUPS} if config.engine.zero_stage == 3 else None
-        if number == len(plan) - 1 and rank_to_be_stopped is not None:
-            warn_at_step_2(rank_to_be_stopped)
+    return [carried_out(**run) for run in plan]
+
+
+def carried_out(values, begun_with=None, warned_rank=None):
+    """Names of a run's checkpoints.
+
+    `begun_with` is a checkpoint of another run, from which it goes on; `warned_rank` gets SIGTERM
+    in its second step.
+    """
+    config = AdaptConfig.model_validate(values)
+    checkpoints = Path(config.run_directory) / "checkpoints"
+    if begun_with:
+        copy = partial(shutil.copytree, begun_with, checkpoints / Path(begun_with).name)
+        ranks.on_main(lambda: copy() and None)
+    zero = {"zero_optimization": SMALL_GROUPS} if config.engine.zero_stage == 3 else None
+    with warning(warned_rank):
         session.adapt(config, zero)
+    return sorted(path.name for path in checkpoints.iterdir())
 
 
-def warn_at_step_2(rank):
+@contextmanager
+def warning(warned_rank):
     update = adaptation_run.AdaptationRun.update
 
     def update_and_be_warned(run, batches):
         metrics = update(run, batches)
-        if run.step == 2 and ranks.rank() == rank:
+        if run.step == 2 and ranks.rank() == warned_rank:
             os.kill(os.getpid(), signal.SIGTERM)
         return metrics
 
     adaptation_run.AdaptationRun.update = update_and_be_warned
+    yield
+    adaptation_run.AdaptationRun.update = update
 
 
 @pytest.fixture(scope="module")
@@ -86,26 +104,25 @@ def moved(recipe_of, optimizer, stage, world="two"):
 
 @pytest.fixture(scope="module")
 def two_ranks(recipe_of, run_functions):
-    """Runs of a world of two by their names: whole ones, and those that were continued."""
-    whole = [recipe_of(f"whole-{o}-{s}", o, s) for o in OPTIMIZERS for s in STAGES]
-    resumed = [recipe_of(f"resumed-{o}-{s}", o, s) for o in OPTIMIZERS for s in STAGES]
-    long = [moved(recipe_of, optimizer, 2) for optimizer in MOVED]
-    stopped = recipe_of("stopped", "adafactor", 2)
-    run_functions(carry_out, 2, plan=[*whole, *long, stopped], rank_to_be_stopped=1, timeout=240)
-    found = {Path(v["run_directory"]).name: v for v in (*whole, *long, *resumed, stopped)}
-    stopped["checkpoints_at_stop"] = sorted(
-        path.name for path in (Path(stopped["run_directory"]) / "checkpoints").iterdir()
-    )
-    for uninterrupted, killed in zip(whole, resumed, strict=True):
-        copy_checkpoint(uninterrupted, killed, 2)
-    at_stop = stopped.pop("checkpoints_at_stop")
-    run_functions(carry_out, 2, plan=[*resumed, stopped], timeout=240)
-    return found, at_stop
+    """Runs of a world of two by their names, and the checkpoints of the one that was stopped."""
+    plan, found = [], {}
 
+    def add(values, **how):
+        plan.append({"values": values, **how})
+        found[Path(values["run_directory"]).name] = values
 
-def copy_checkpoint(source, target, step):
-    folders = (adaptations.checkpoint(v["run_directory"], step) for v in (source, target))
-    shutil.copytree(*folders)
+    for optimizer, stage in itertools.product(OPTIMIZERS, STAGES):
+        whole = recipe_of(f"whole-{optimizer}-{stage}", optimizer, stage)
+        begun_with = adaptations.checkpoint(whole["run_directory"], 2)
+        add(whole)
+        add(recipe_of(f"resumed-{optimizer}-{stage}", optimizer, stage), begun_with=begun_with)
+    for optimizer in MOVED:
+        add(moved(recipe_of, optimizer, 2))
+    stopped = recipe_of("stopped", "adafactor", 2, checkpoint={"every_steps": 100})
+    add(stopped, warned_rank=1)
+    add(stopped)
+    said, _ = run_functions(carry_out, 2, plan=plan, timeout=400)
+    return found, said[-2]
 
 
 def assert_same_run(ours, theirs, step):
@@ -146,14 +163,14 @@ def metrics_of(values, kind):
 def elsewhere(two_ranks, recipe_of, run_functions):
     """What worlds of one and of three made of the checkpoints of two."""
     found, _ = two_ranks
-    plans = {1: ("one", 0), 3: ("three", 3)}
-    for world_size, (world, stage) in plans.items():
-        plan = [moved(recipe_of, optimizer, stage, world) for optimizer in MOVED]
-        for values in plan:
-            optimizer = values["optimizer"]
-            copy_checkpoint(found[f"moved-{optimizer}-two"], values, 4)
+    for world_size, world, stage in ((1, "one", 0), (3, "three", 3)):
+        plan = []
+        for optimizer in MOVED:
+            values = moved(recipe_of, optimizer, stage, world)
+            two = found[f"moved-{optimizer}-two"]["run_directory"]
+            plan.append({"values": values, "begun_with": adaptations.checkpoint(two, 4)})
             found[f"moved-{optimizer}-{world}"] = values
-        run_functions(carry_out, world_size, plan=plan, timeout=240)
+        run_functions(carry_out, world_size, plan=plan, timeout=400)
     return found
 
 

@@ -145,6 +145,7 @@ def test_a_dry_run_prints_every_stage_and_writes_nothing(said, write, tmp_path):
 
 @pytest.mark.usefixtures("lone_process")
 def test_two_stages_by_one_command(said, tmp_path, monkeypatch):
+    adaptations.make_quick(monkeypatch, tmp_path / "cache")
     values = adaptations.recipe_values(tmp_path)
     common = {key: values[key] for key in values if key not in ("init", "objective", "steps")}
     stages = {
