@@ -29,6 +29,7 @@ def build_parser() -> VerbParser:
     parser.add_argument(
         "--export",
         metavar="FOLDER",
+        type=_folder,
         help="only write the newest checkpoint as a Hugging Face folder",
     )
     return parser
@@ -61,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     join_world(debug=options.debug)
     # Numbers too small to matter slow a CPU down tenfold.
     torch.set_flush_denormal(True)
+    if options.fresh and not options.export:
+        ranks.on_main(lambda: _check_free(stages))
     for number, config in enumerate(stages):
         # A run that has begun may not have come to its later stages yet.
         if not _run(config, options, must_resume=options.resume and number == 0):
@@ -80,9 +83,24 @@ def _run(config: AdaptConfig, options: argparse.Namespace, *, must_resume: bool)
     if ds_config is not None:
         config = ranks.together(lambda: apply_ds_config(config, ds_config))
     if options.export:
-        export_newest(config, ds_config, Path(options.export))
+        export_newest(config, ds_config, options.export)
         return True
     return adapt(config, ds_config, fresh=options.fresh, must_resume=must_resume)
+
+
+def _check_free(stages: Sequence[AdaptConfig]) -> None:
+    """Before any checkpoint is set aside, and not after the stages before."""
+    from softprompt_dist.adaptation.exporting import check_free
+
+    for config in stages:
+        check_free(config, Path(str(config.run_directory)))
+
+
+def _folder(text: str) -> Path:
+    path = Path(text).absolute()
+    if not text or not path.name:
+        raise argparse.ArgumentTypeError(f"{text!r} is no folder that can be made")
+    return path
 
 
 if __name__ == "__main__":

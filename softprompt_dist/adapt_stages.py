@@ -34,7 +34,8 @@ def load_stages(
     """The adaptations of a recipe, in order, each with its run directory; most recipes have one.
 
     Keys beside `stages` are those of all stages; a stage's own come on top. `--set key=value`
-    changes all stages, `--set stages.NAME.key=value` one.
+    changes all stages, `--set stages.NAME.key=value` one. Each has a folder of its own in the run
+    directory, and only the first has a say in what it starts from.
 
     Raises:
         ConfigError: the recipe cannot be read, any key or value of any stage is wrong, or the first
@@ -52,18 +53,29 @@ def load_stages(
     for override in own:
         _check_stage(override.split(".")[1], names)
         apply_override(values, override)
+    _checked_names(recipe, values[STAGES])
+    return _chained(values, common, run_directory, recipe)
+
+
+def _chained(
+    values: dict[str, Any], overrides: Sequence[str], run_directory: str | None, recipe: str
+) -> list[AdaptConfig]:
+    """The stages of a recipe's values, each with its folder and its start."""
     stages = values.pop(STAGES)
-    folder = Path(run_directory or values.get("run_directory") or f"runs/{values.get('name')}")
+    for override in overrides:
+        apply_override(values, override)
+    name_of_all = values.get("name", AdaptConfig.model_fields["name"].default)
+    folder = Path(run_directory or str(values.get("run_directory") or f"runs/{name_of_all}"))
     configs: list[AdaptConfig] = []
     previous: Path | None = None
-    for name in names:
-        merged = _merged(values, stages[name] or {}) | {"run_directory": str(folder / name)}
-        merged["name"] = f"{values.get('name', 'adapt')}-{name}"
+    for name, own in stages.items():
+        merged = _merged(values, own)
+        for override in overrides:
+            apply_override(merged, override)
+        merged |= {"run_directory": str(folder / name), "name": f"{name_of_all}-{name}"}
         if previous is not None:
             merged |= {"init": "from_checkpoint", "backbone": f"{previous}/export"}
-        configs.append(
-            check_values(AdaptConfig, merged, common, name=f"Stage {name!r} of {recipe}")
-        )
+        configs.append(check_values(AdaptConfig, merged, name=f"Stage {name!r} of {recipe}"))
         previous = folder / name
     check_start(configs[0])
     return configs
@@ -101,20 +113,23 @@ def choose_stages(configs: Sequence[AdaptConfig], name: str | None) -> list[Adap
 
 
 def _checked_names(recipe: str, stages: Any) -> list[str]:
+    """Names of the stages; those without keys get none to be added to."""
     if not isinstance(stages, dict) or not stages:
         raise ConfigError(
             f"{recipe}: `{STAGES}` must be a mapping of names to the keys of each stage."
         )
-    wrong = [name for name in stages if not _NAME.fullmatch(str(name))]
-    wrong += [
-        n for n, keys in stages.items() if not isinstance(keys, dict | None) and n not in wrong
+    wrong = [
+        name
+        for name, keys in stages.items()
+        if not (isinstance(name, str) and _NAME.fullmatch(name) and isinstance(keys, dict | None))
     ]
     if wrong:
         raise ConfigError(
             f"{recipe}: {', '.join(map(repr, wrong))} is no stage: a name of letters, digits, `-` "
-            "and `_` with a mapping of keys."
+            "and `_` (in quotes, where YAML would read a number) with a mapping of keys."
         )
-    return [str(name) for name in stages]
+    stages.update({name: {} for name, keys in stages.items() if keys is None})
+    return list(stages)
 
 
 def _check_stage(name: str, names: Sequence[str]) -> None:

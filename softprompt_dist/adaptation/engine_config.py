@@ -144,7 +144,7 @@ def _problems(values: dict[str, Any]) -> list[str]:
     problems += [
         f"sets zero_optimization.{key} to {zero[key]!r}. {reason} Remove it from the JSON."
         for key, (harmless, reason) in _REFUSED_OF_ZERO.items()
-        if _is_object(zero) and key in zero and zero[key] not in harmless
+        if isinstance(zero, dict) and key in zero and zero[key] not in harmless
     ]
     problems += [
         f"sets {name!r} to {found!r}; it must be {wanted}."
@@ -170,26 +170,24 @@ def _problems(values: dict[str, Any]) -> list[str]:
 def _of_wrong_kind(values: dict[str, Any]) -> Iterator[tuple[str, Any, str]]:
     """(name, value, what it must be) of settings that are not of the type that we rely on."""
     an_object, sections = "an object of settings", {n: values.get(n, {}) for n in _SECTIONS[:4]}
-    yield from ((n, found, an_object) for n, found in sections.items() if not _is_object(found))
+    yield from (
+        (n, found, an_object) for n, found in sections.items() if not isinstance(found, dict)
+    )
     zero, bf16 = sections["zero_optimization"], sections["bf16"]
-    for name in ("offload_optimizer", "offload_param") if _is_object(zero) else ():
-        if not _is_object(zero.get(name) or {}):
+    for name in ("offload_optimizer", "offload_param") if isinstance(zero, dict) else ():
+        if not isinstance(zero.get(name) or {}, dict):
             yield f"zero_optimization.{name}", zero[name], an_object
-    if _is_object(bf16) and not isinstance(bf16.get("enabled", True), bool):
+    if isinstance(bf16, dict) and not isinstance(bf16.get("enabled", True), bool):
         yield "bf16.enabled", bf16["enabled"], "true or false"
 
 
 def _in_fp16(values: dict[str, Any]) -> Iterator[str]:
     for section, key in (("fp16", "enabled"), ("data_types", "grad_accum_dtype")):
         found = values.get(section)
-        if _is_object(found) and found.get(key) in (True, "fp16", "float16"):
+        if isinstance(found, dict) and found.get(key) in (True, "fp16", "float16"):
             yield f"{section}.{key}"
     if values.get("communication_data_type") in ("fp16", "float16"):
         yield "communication_data_type"
-
-
-def _is_object(value: Any) -> bool:
-    return isinstance(value, dict)
 
 
 def _check_zero(zero: dict[str, Any]) -> None:

@@ -46,8 +46,17 @@ def check_ahead(run: AdaptationRun, run_folder: Path) -> None:
     config = run.config
     for step in {*config.export.steps, config.steps}:
         if run.step <= step <= config.steps:
-            for folder, dtype in _targets(folder_of(run_folder, config, step), config):
-                check_export_folder(folder, _identity(run), step, dtype)
+            check_targets(run, folder_of(run_folder, config, step), step)
+
+
+def check_targets(run: AdaptationRun, folder: Path, step: int) -> None:
+    """All ranks: that `export_run` at `step` finds its places free.
+
+    Raises:
+        ConfigError: on all ranks; something else is there.
+    """
+    for target, dtype in _targets(folder, run.config):
+        check_export_folder(target, _identity(run), step, dtype)
 
 
 def export_run(run: AdaptationRun, folder: Path, measured: dict[str, float]) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +22,17 @@ from softprompt_dist.data.lm.rows import RowBatch
 from softprompt_dist.data.lm.special_ids import SpecialIds
 from softprompt_dist.data.lm.stream import BatchStream, StepBatches
 from softprompt_dist.data.lm.token_source import TokenSource
-from softprompt_dist.errors import CheckpointError, NonFiniteLossError
+from softprompt_dist.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NonFiniteLossError,
+)
 from softprompt_dist.parallel import ranks
+from softprompt_dist.run.random_state import derived_random_state, restore_random_state
 from softprompt_dist.run.tuning import check_world
+
+log = logging.getLogger(__name__)
 
 FREE_TO_CHANGE: dict[str, Any] = {
     **dict.fromkeys(
@@ -121,10 +130,12 @@ def build_run(config: AdaptConfig, ds_config: dict[str, Any] | None) -> Adaptati
         text = _open(config.validation_corpus, source, verify=config.verify_corpus)
         validation = ranks.together(lambda: _validation(text, special, config))
     hf_config = source.training_config(config.dropout)
+    # Of span corruption rows may be shorter than they might be.
+    as_read = config.model_copy(update={"targets_length": data.targets_length})
     return AdaptationRun(
         config=config,
         source=source,
-        engine=AdaptationEngine(config, hf_config, ds_config),
+        engine=AdaptationEngine(as_read, hf_config, ds_config),
         data=data,
         validation=validation,
         corpus_fingerprint=corpus.fingerprint,
@@ -133,9 +144,11 @@ def build_run(config: AdaptConfig, ds_config: dict[str, Any] | None) -> Adaptati
 
 
 def start(run: AdaptationRun) -> None:
-    """All ranks: read the weights that the run starts from."""
+    """All ranks: read the weights that the run starts from; each draws its own dropout."""
     run.source.fill(run.engine.layout)
     run.engine.publish_weights()
+    rank, world_size = ranks.rank(), ranks.world_size()
+    restore_random_state(derived_random_state(run.config.seed, 0, rank, world_size))
 
 
 def save(run: AdaptationRun, store: AdaptationCheckpointStore) -> None:
@@ -223,14 +236,19 @@ def _data(corpus: TokenSource, special: SpecialIds, config: AdaptConfig) -> LMDa
 def _validation(
     text: TokenSource, special: SpecialIds, config: AdaptConfig
 ) -> dict[str, list[RowBatch]]:
-    return {
-        setting.objective: own_share(
-            LMData(text, special, setting).validation_batches(
-                config.evaluation.max_examples, config.batch.micro_batch_size
-            )
-        )
-        for setting in _measured(config, special)
-    }
+    """This rank's rows of each objective. Only the one that is trained must be had."""
+    found: dict[str, list[RowBatch]] = {}
+    for setting in _measured(config, special):
+        count, size = config.evaluation.max_examples, config.batch.micro_batch_size
+        try:
+            rows = LMData(text, special, setting).validation_batches(count, size)
+            found[setting.objective] = own_share(rows)
+        except (ConfigError, DataError) as error:
+            if setting.objective == config.objective:
+                raise type(error)(f"validation_corpus: {error}") from error
+            if ranks.is_main():
+                log.warning("%s is not measured: %s", setting.objective, error)
+    return found
 
 
 def _measured(config: AdaptConfig, special: SpecialIds) -> Iterator[AdaptConfig]:

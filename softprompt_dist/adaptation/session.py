@@ -13,6 +13,7 @@ from softprompt_dist.adaptation.curves import draw_curves
 from softprompt_dist.adaptation.exporting import (
     check_ahead,
     check_free,
+    check_targets,
     export_run,
     folder_of,
 )
@@ -49,7 +50,7 @@ def adapt(
         must_resume: refuse to start at step 0.
 
     Returns:
-        Whether all steps are done; not where a stop was asked for.
+        Whether all steps are done and nobody asked to stop.
 
     Raises:
         SoftpromptError: anything in the recipe, corpus, backbone or machine that cannot work.
@@ -58,6 +59,7 @@ def adapt(
     directory.create(tunes=False)
     store = _store(config, directory)
     if fresh:
+        ranks.on_main(lambda: check_free(config, directory.path))  # before anything is set aside
         store.discard_all()
     found = store.newest()  # before any weight is read
     if found is None and must_resume:
@@ -80,8 +82,7 @@ def adapt(
         StopRequest() as stop,
         run.batches() as batches,
     ):
-        _Session(run, store, directory, journal, stop).train(batches)
-    return run.step == config.steps
+        return _Session(run, store, directory, journal, stop).train(batches)
 
 
 def export_newest(config: AdaptConfig, ds_config: dict[str, Any] | None, folder: Path) -> None:
@@ -97,7 +98,10 @@ def export_newest(config: AdaptConfig, ds_config: dict[str, Any] | None, folder:
         raise _nothing_to_resume(directory)
     run = build_run(config, ds_config)
     restore(run, found)
-    export_run(run, folder, run.measure())
+    check_targets(run, folder, found.step)
+    for written in export_run(run, folder, run.measure()):
+        if ranks.is_main():
+            print(f"Exported step {run.step} to {written}.", flush=True)
 
 
 class _Session:
@@ -117,8 +121,8 @@ class _Session:
         self.measured: tuple[int, dict[str, float]] = (-1, {})
         """Step and values of the latest measurement."""
 
-    def train(self, batches: BatchStream) -> None:
-        """All ranks: updates up to the last step, or until a stop is asked for."""
+    def train(self, batches: BatchStream) -> bool:
+        """All ranks: updates up to the last step (True), or until a stop is asked for."""
         run, config = self.run, self.config
         peak, operations = find_peak(_dtype(config)), _operations(run)
         throughput = None if operations is None else Throughput(operations, peak)
@@ -127,7 +131,8 @@ class _Session:
             self._measure()
         if run.step == config.steps:
             self.journal.say(f"All {config.steps} steps are done; nothing is trained.")
-            self._export()
+        if run.step in (*config.export.steps, config.steps):
+            self._export()  # an earlier attempt may have ended between its checkpoint and this
         while run.step < config.steps:
             metrics = self._update(batches, throughput)
             is_last = run.step == config.steps
@@ -146,11 +151,12 @@ class _Session:
                 save(run, self.store)
             if is_last or run.step in config.export.steps:
                 self._export()
-            if stopping and not is_last:
+            if stopping:
                 self.journal.say(
                     f"Asked to stop; saved after step {run.step}. The same command continues."
                 )
-                return
+                return False
+        return True
 
     def _update(self, batches: BatchStream, throughput: Throughput | None) -> dict[str, float]:
         run, started = self.run, time.monotonic()

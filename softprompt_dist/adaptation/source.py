@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from softprompt_dist.adapt_config import AdaptConfig
 from softprompt_dist.adapt_stages import check_start
 from softprompt_dist.adaptation.fragments import Layout
+from softprompt_dist.adaptation.model_card import SAID_OF_STAGES
 from softprompt_dist.adaptation.sharded_files import read_into
 from softprompt_dist.backbone.checkpoint_reader import CheckpointReader
 from softprompt_dist.backbone.load import (
@@ -46,13 +47,8 @@ class Source:
     """Of the checkpoint; None: the model is made from nothing."""
     seed: int
 
-    @property
-    def history(self) -> list[dict[str, Any]]:
-        """The stages that the checkpoint went through, where it says so."""
-        path = self.folder / HISTORY if self.folder else None
-        if path is None or not path.is_file():
-            return []
-        return list(json.loads(path.read_text(encoding="utf-8")))
+    history: tuple[dict[str, Any], ...] = ()
+    """The stages that the checkpoint went through, where it says so."""
 
     def training_config(self, dropout: float) -> PretrainedConfig:
         """The configuration with the dropout that is trained with."""
@@ -104,7 +100,7 @@ def source_in(folder: Path | None, config: AdaptConfig) -> Source:
         hf_config = t5_config(config.architecture, rows)
     else:
         hf_config = _checked_config(folder)
-    source = Source(hf_config, tokenizer, folder, config.seed)
+    source = Source(hf_config, tokenizer, folder, config.seed, _history(folder))
     _check_fits(config, source)
     return source
 
@@ -115,6 +111,23 @@ def _folder(config: AdaptConfig) -> Path | None:
         return None
     assert config.backbone is not None
     return locate_backbone(BackboneConfig(path=config.backbone))
+
+
+def _history(folder: Path | None) -> tuple[dict[str, Any], ...]:
+    path = folder / HISTORY if folder else None
+    if path is None or not path.is_file():
+        return ()
+    try:
+        stages = tuple(json.loads(path.read_text(encoding="utf-8")))
+        missing = sorted(name for stage in stages for name in SAID_OF_STAGES if name not in stage)
+    except (OSError, ValueError, TypeError) as error:
+        missing, stages = [str(error)], ()
+    if missing:
+        raise BackboneError(
+            f"{path} does not tell what made the backbone ({', '.join(missing)}). Fetch it "
+            "again, or remove it."
+        )
+    return stages
 
 
 def _checked_config(folder: Path) -> PretrainedConfig:

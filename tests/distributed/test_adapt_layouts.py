@@ -32,7 +32,8 @@ def differing(zero, bf16):
     import deepspeed
 
     values = {"zero_optimization": zero, "bf16": {"enabled": bf16}}
-    config = AdaptConfig(corpus=["unused"], batch={"global_batch_size": 2, "micro_batch_size": 1})
+    batch = {"global_batch_size": 6, "micro_batch_size": 1}
+    config = AdaptConfig(corpus=["unused"], batch=batch)
     model_config = t5_config(ARCHITECTURE, vocabulary_size=11)
     engine = AdaptationEngine(apply_ds_config(config, values), model_config, values)
     expected = initial_weights(model_config, seed=1)
