@@ -153,7 +153,8 @@ def file_source(path: Path, field_name: str = "text") -> FileSource:
         what = "is a folder" if path.is_dir() else "does not exist"
         raise DataError(
             f"Text file {path} {what}. Name files of text, one document a line (.gz and .xz too), "
-            f"of JSON lines or of parquet."
+            f"of JSON lines or of parquet; a recipe may also name folders of `softprompt corpus "
+            f"build`."
         )
     suffix = Path(path.name.removesuffix(path.suffix) if path.suffix in _PACKED else path).suffix
     if remedy := _NO_TEXT.get(suffix.lower()):
