@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812 - its usual name
 from transformers import AutoModelForCausalLM
 
 from softprompt_dist.adaptation.model import CausalModel, LossModel, TrainableT5, recompute_layers
