@@ -64,7 +64,7 @@ class AdaptConfig(Section):
 
     name: str = Field(default="adapt", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     run_directory: str | None = None
-    seed: NotNegative = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     steps: Positive = 100000
     init: Literal["from_config", "from_checkpoint"] = "from_checkpoint"
     backbone: str | None = None

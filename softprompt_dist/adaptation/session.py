@@ -166,7 +166,8 @@ class _Session:
         except NonFiniteLossError as error:
             save(run, self.store)
             raise NonFiniteLossError(
-                f"{error} The state after step {run.step} is saved."
+                f"{error} The state after step {run.step} is saved. A resume goes on with the same "
+                "settings: with others, begin anew (--fresh, or another --run-dir)."
             ) from error
         seconds = time.monotonic() - started
         run.seconds += seconds

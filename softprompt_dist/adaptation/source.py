@@ -10,7 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from softprompt_dist.adapt_config import AdaptConfig
 from softprompt_dist.adapt_stages import check_start
@@ -133,6 +137,11 @@ def _history(folder: Path | None) -> tuple[dict[str, Any], ...]:
 def _checked_config(folder: Path) -> PretrainedConfig:
     hf_config = model_config_of(folder)
     if not hf_config.is_encoder_decoder:
+        if type(hf_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise BackboneError(
+                f"{folder} holds a model of type {hf_config.model_type}, which writes no text. "
+                "Set `backbone` to a T5 v1.1, LM-adapted or decoder-only checkpoint."
+            )
         return hf_config
     reader = CheckpointReader(folder)
     has_own_head = _HEAD in reader.shapes

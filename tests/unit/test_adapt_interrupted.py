@@ -156,3 +156,12 @@ def test_what_is_no_stage_is_said(tmp_path, stages, overrides):
     values = adaptations.recipe_values(tmp_path, stages=stages)
     with pytest.raises(ConfigError, match="is no stage"):
         load_stages(str(adaptations.write_recipe(tmp_path, values)), overrides)
+
+
+def test_a_model_that_writes_no_text_is_refused(make_config, tmp_path):
+    folder = tmp_path / "vit"
+    shutil.copytree(adaptations.TOKENIZER, folder)
+    (folder / "config.json").write_text('{"model_type": "vit"}')
+    config = make_config(init="from_checkpoint", backbone=str(folder), objective="lm")
+    with pytest.raises(BackboneError, match="type vit, which writes no text"):
+        build_run(config, None)
