@@ -8,12 +8,7 @@ import pytest
 
 from softprompt_dist.data.lm import prefix_lm, span_corruption
 from softprompt_dist.data.lm.draws import random_prefix_lengths, random_spans_masks
-from softprompt_dist.data.lm.objectives import (
-    append_eos_after_trim,
-    corrupt_spans,
-    random_spans_helper,
-    split_prefix,
-)
+from softprompt_dist.data.lm.objectives import corrupt_spans, random_spans_helper
 from softprompt_dist.data.lm.pieces import DocumentPieces, EqualPieces, RunningText
 from softprompt_dist.data.lm.span_corruption import span_counts
 from softprompt_dist.data.lm.special_ids import SpecialIds
@@ -38,36 +33,13 @@ def test_lengths_without_padding(case):
     assert random_spans_helper(**case) == expected
 
 
-def assert_as_recorded(example, case):
-    assert example.input_ids.tolist() == case["inputs"]
-    assert example.target_ids.tolist() == case["targets"]
-    for key, expected in case.items():
-        if "_eos_" in key:
-            side = example.input_ids if key.startswith("inputs") else example.target_ids
-            length = int(key.rsplit("_", 1)[1])
-            assert append_eos_after_trim(side, length, EOS).tolist() == expected
-
-
 @pytest.mark.parametrize("case", read_lines("span_corruption.jsonl"))
 def test_span_corruption_of_a_given_mask(case):
     tokens = np.array(case["tokens"])
     mask = np.array([digit == "1" for digit in case["mask"]])
     example = corrupt_spans(tokens, mask, FIRST_SENTINEL)
-    assert_as_recorded(example, case)
-
-
-@pytest.mark.parametrize("case", read_lines("prefix_lm.jsonl"))
-def test_prefix_lm_at_a_given_split(case):
-    example = split_prefix(np.array(case["tokens"]), case["n_prefix"])
-    assert_as_recorded(example, case)
-
-
-@pytest.mark.parametrize("case", read_json("sentinels_eos.json")["append_eos_after_trim"])
-def test_end_of_sequence_after_trim(case):
-    for side in ("inputs", "targets"):
-        ids = np.array(case[side], dtype=np.int64)
-        trimmed = append_eos_after_trim(ids, case["sequence_length"][side], EOS)
-        assert trimmed.tolist() == case[f"out_{side}"]
+    assert example.input_ids.tolist() == case["inputs"]
+    assert example.target_ids.tolist() == case["targets"]
 
 
 class RecordedTokenizer:
@@ -157,6 +129,19 @@ class Given:
 
     def indices(self, first, count):
         return np.arange(first, first + count)
+
+
+@pytest.mark.parametrize("targets_length", [512, 16])
+@pytest.mark.parametrize("case", read_lines("prefix_lm.jsonl"))
+def test_prefix_lm_at_a_given_split(case, targets_length, monkeypatch):
+    monkeypatch.setattr(prefix_lm, "random_prefix_lengths", lambda *_: np.array([case["n_prefix"]]))
+    corpus = corpus_of([case["tokens"]])
+    objective = prefix_lm.PrefixLM(corpus, SPECIAL, 512, targets_length, greedy=False)
+    batch = objective.rows(objective.plan(Given(), 0, 1), 0, 1)
+    assert row_sides(batch, 0) == {
+        "inputs": case["inputs_eos_512"],
+        "targets": case[f"targets_eos_{targets_length}"],
+    }
 
 
 @pytest.mark.parametrize("case", [c for c in REGISTERED if c["task"] == "c4_v220_prefix_lm"])
