@@ -118,3 +118,12 @@ class AdaptConfig(Section):
     evaluation: AdaptEvaluationConfig = AdaptEvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     export: ExportConfig = ExportConfig()
+
+    @model_validator(mode="after")
+    def _check_rate(self) -> AdaptConfig:
+        if self.schedule != "rsqrt" and "learning_rate" not in self.model_fields_set:
+            raise ValueError(
+                f"learning_rate must be set where schedule is {self.schedule!r}: its default, 1.0, "
+                "is that of rsqrt, which divides it by a root of the step. Set learning_rate."
+            )
+        return self
