@@ -41,6 +41,42 @@ def fill_rows(
         append_eos: Whether both sides of each example end in end-of-sequence, which the lengths
             of `layout` then include.
     """
+    arrays = _filled(pieces, layout, shape, special, append_eos=append_eos)
+    input_ids_BS, input_segments_BS, labels_BT, target_segments_BT = arrays
+    decoder_input_ids_BT = shifted_right(labels_BT, target_segments_BT, special.pad)
+    num_real_tokens = layout.num_real_tokens
+    return RowBatch(
+        decoder_input_ids_BT=torch.from_numpy(decoder_input_ids_BT),
+        labels_BT=torch.from_numpy(labels_BT),
+        target_segments_BT=torch.from_numpy(target_segments_BT),
+        is_packed=bool((layout.segments > 1).any()),
+        has_padding=num_real_tokens < input_ids_BS.size + labels_BT.size,
+        num_real_tokens=num_real_tokens,
+        input_ids_BS=torch.from_numpy(input_ids_BS),
+        input_segments_BS=torch.from_numpy(input_segments_BS),
+    )
+
+
+def shifted_right(labels_BT: IdArray, segments_BT: IdArray, start_id: int) -> IdArray:
+    """What the decoder reads: each segment's labels one to the right, behind a start piece.
+
+    Padding reads the start piece, too.
+    """
+    shifted_BT = np.full_like(labels_BT, start_id)
+    goes_on_BT = (segments_BT[:, 1:] == segments_BT[:, :-1]) & (segments_BT[:, 1:] > 0)
+    shifted_BT[:, 1:][goes_on_BT] = labels_BT[:, :-1][goes_on_BT]
+    return shifted_BT
+
+
+def _filled(
+    pieces: Sequence[IdArray],
+    layout: Layout,
+    shape: RowShape,
+    special: SpecialIds,
+    *,
+    append_eos: bool,
+) -> tuple[IdArray, IdArray, IdArray, IdArray]:
+    """Ids and segments of the inputs, labels and segments of the targets."""
     num_rows, inputs_length, targets_length = shape
     input_ids_BS = np.full((num_rows, inputs_length), special.pad, dtype=np.int64)
     labels_BT = np.full((num_rows, targets_length), IGNORED_LABEL, dtype=np.int64)
@@ -60,29 +96,7 @@ def fill_rows(
         ]
         input_segments_BS[row, inputs] = segment
         target_segments_BT[row, targets] = segment
-    decoder_input_ids_BT = shifted_right(labels_BT, target_segments_BT, special.pad)
-    num_real_tokens = layout.num_real_tokens
-    return RowBatch(
-        decoder_input_ids_BT=torch.from_numpy(decoder_input_ids_BT),
-        labels_BT=torch.from_numpy(labels_BT),
-        target_segments_BT=torch.from_numpy(target_segments_BT),
-        is_packed=bool((layout.segments > 1).any()),
-        has_padding=num_real_tokens < num_rows * (inputs_length + targets_length),
-        num_real_tokens=num_real_tokens,
-        input_ids_BS=torch.from_numpy(input_ids_BS),
-        input_segments_BS=torch.from_numpy(input_segments_BS),
-    )
-
-
-def shifted_right(labels_BT: IdArray, segments_BT: IdArray, start_id: int) -> IdArray:
-    """What the decoder reads: each segment's labels one to the right, behind a start piece.
-
-    Padding reads the start piece, too.
-    """
-    shifted_BT = np.full_like(labels_BT, start_id)
-    goes_on_BT = (segments_BT[:, 1:] == segments_BT[:, :-1]) & (segments_BT[:, 1:] > 0)
-    shifted_BT[:, 1:][goes_on_BT] = labels_BT[:, :-1][goes_on_BT]
-    return shifted_BT
+    return input_ids_BS, input_segments_BS, labels_BT, target_segments_BT
 
 
 def _places(layout: Layout) -> list[list[int]]:
