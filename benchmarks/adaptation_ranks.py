@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.clock import StepClock
+from benchmarks.clock import CpuTime, StepClock
 from benchmarks.memory import PeakMemory
 
 
@@ -33,6 +33,7 @@ def our_run(settings: Mapping[str, Any]) -> dict[str, Any]:
             run.data.targets_length,
         )
         with run.batches() as batches:
+            cpu = CpuTime()
             clock.start()
             for _ in range(run.config.steps):
                 step = next(batches)
@@ -41,6 +42,7 @@ def our_run(settings: Mapping[str, Any]) -> dict[str, Any]:
                 clock.add("real_tokens", step.num_real_tokens / ranks.world_size())
                 clock.add("positions", step.num_positions / ranks.world_size())
                 clock.add("flops", flops / ranks.world_size())
+                clock.add("cpu", cpu.since_last_call())
                 clock.end_step()
     answer = _answer(clock, peak, losses, settings)
     leave_world()

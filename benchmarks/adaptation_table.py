@@ -26,6 +26,7 @@ def summarise(rounds: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
         "tokens_per_second": median(_rate(of_ranks, "real_tokens") for of_ranks in steps),
         "positions_per_second": median(_rate(of_ranks, "positions") for of_ranks in steps),
         "flops_per_second": median(_rate(of_ranks, "flops") for of_ranks in steps),
+        "tokens_per_cpu_second": median(_sum(s, "real_tokens") / _sum(s, "cpu") for s in steps),
         "padding": 1.0 - mean(_sum(s, "real_tokens") / _sum(s, "positions") for s in steps),
         "peak_rss_bytes": max(a["peak_rss_bytes"] for answers in rounds for a in answers),
         "losses": rounds[0][0]["losses"],
@@ -36,10 +37,12 @@ def row(name: str, summaries: Summaries, peak_flops: float) -> dict[str, str]:
     """A line of the table."""
     own = summaries[name]
     ratio = _ratio(summaries, name, "tokens_per_second")
+    by_cpu = _ratio(summaries, name, "tokens_per_cpu_second")
     return {
         "path": name,
         "real tokens/s": f"{own['tokens_per_second']:,.0f}",
         "over HF": f"{ratio:.2f}x" if ratio else "",
+        "by CPU time": f"{by_cpu:.2f}x" if by_cpu else "",
         "positions/s": f"{own['positions_per_second']:,.0f}",
         "padding": f"{own['padding']:.1%}",
         "of matmul peak": f"{own['flops_per_second'] / peak_flops:.0%}",
@@ -74,7 +77,9 @@ def notes(summaries: Summaries, peak_flops: float) -> list[str]:
     """Losses, which the same rows make equal, and the peak."""
     words = "; ".join(f"{n} {s['losses'][0]:.4f}" for n, s in summaries.items())
     return [
-        "Tokens and positions are those of encoder and decoder. Medians over all rounds' steps.",
+        "Tokens and positions are those of encoder and decoder. Medians over all rounds' steps. By "
+        "CPU time: the same ratio of tokens per second that the ranks computed, which other jobs "
+        "on the machine change less.",
         "",
         f"Cross-entropy of the first step: {words}.",
         "",

@@ -119,6 +119,18 @@ class StepClock:
         return run
 
 
+class CpuTime:
+    """Seconds that this process computes, whatever else the machine does meanwhile."""
+
+    def __init__(self) -> None:
+        self._since = time.process_time()
+
+    def since_last_call(self) -> float:
+        """Of all threads, since this was called last or made."""
+        before, self._since = self._since, time.process_time()
+        return self._since - before
+
+
 class _TimedWork:
     """A collective under way; waiting for it is time of its phase."""
 

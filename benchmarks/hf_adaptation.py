@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.optimization import Adafactor
 
-from benchmarks.clock import StepClock
+from benchmarks.clock import CpuTime, StepClock
 from benchmarks.peers import T5WithOwnHead, has_checkpoint_head
 from softprompt_dist.adapt_config import AdaptConfig
 from softprompt_dist.backbone.architecture import architecture_of
@@ -93,13 +93,16 @@ class StepEnds(TrainerCallback):
 
     def __init__(self, clock: StepClock) -> None:
         self._clock = clock
+        self._cpu = CpuTime()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **known: Any) -> None:
         """Everything is built."""
+        self._cpu.since_last_call()
         self._clock.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **known: Any) -> None:
         """An update is over."""
+        self._clock.add("cpu", self._cpu.since_last_call())
         self._clock.end_step()
 
 
