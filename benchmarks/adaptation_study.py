@@ -39,6 +39,10 @@ SIZES = {
 }
 """Name -> what differs from the architecture of the recipe."""
 SENTINEL = "<extra_id_0>"
+PROMPT_LENGTH = 100
+BATCH_SIZE = 32
+"""Of the recipe `demo-t5`."""
+_LAST_UPDATES = 50
 _COLORS = ("#3f8f4f", "#1f5fa8", "#d1600a")
 
 
@@ -83,6 +87,7 @@ class Member:
             f"seed={self.seed}",
             f"steps={steps}",
             f"backbone.path={self.backbone(condition)}",
+            f"prompt.prompt_length={PROMPT_LENGTH}",
             "backbone.sharding=replicated",
             "evaluation.method=greedy",
         ]
@@ -119,6 +124,13 @@ class Member:
         lines = (self.folder / "lm" / "metrics.jsonl").read_text().splitlines()
         entries = [json.loads(line) for line in lines]
         return [(e["step"], e) for e in entries if e["kind"] == "validation"]
+
+    def training_loss(self, condition: Condition) -> float:
+        """Cross-entropy in nats per example, end-of-sequence included, of the last updates."""
+        lines = (self.tuned(condition) / "metrics.jsonl").read_text().splitlines()
+        updates = [entry for line in lines if (entry := json.loads(line))["kind"] == "train"]
+        last = updates[-_LAST_UPDATES:]
+        return sum(e["cross_entropy"] * e["num_tokens"] for e in last) / len(last) / BATCH_SIZE
 
     def result(self, condition: Condition) -> dict[str, Any]:
         """results.json of the tuned prompt."""
@@ -164,7 +176,8 @@ def summary(members: Sequence[Member]) -> Iterator[dict[str, str]]:
                 "frozen model": condition.name,
                 "prefix-LM NLL": _spread([m["prefix_lm_nll"] for m in measures], 3),
                 "sentinel leak, %": _spread([m["sentinel_leak"] for m in measures], 1),
-                "task score": _spread([r["score"] for r in results], 1),
+                "tuning loss, nats": _spread([m.training_loss(condition) for m in own], 2),
+                "test accuracy": _spread([r["score"] for r in results], 1),
                 "no label, %": _spread(invalid, 1),
                 "seeds": str(len(own)),
             }
@@ -177,6 +190,7 @@ def _raw(members: Sequence[Member]) -> list[dict[str, Any]]:
             "seed": member.seed,
             "condition": condition.name,
             "score": member.result(condition)["score"],
+            "tuning_loss": member.training_loss(condition),
             "num_invalid": member.result(condition)["num_invalid"],
             "num_answers": member.result(condition)["num_answers"],
             **{k: member.measures(condition.share)[k] for k in ("prefix_lm_nll", "sentinel_leak")},
@@ -248,7 +262,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="folder of all runs")
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--tuning-steps", type=int, default=150)
+    parser.add_argument("--tuning-steps", type=int, default=300)
     parser.add_argument("--jobs", type=int, default=1, help="models at a time, one core each")
     return parser
 
