@@ -61,14 +61,13 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
 
 
 def apply_ds_config(config: AdaptConfig, values: dict[str, Any]) -> AdaptConfig:
-    """The recipe with stage, off-loading and dtype as the ds_config has them."""
-    zero = values.get("zero_optimization", {})
-    device = (zero.get("offload_optimizer") or {}).get("device", "none")
-    engine = config.engine.model_dump() | {
-        "zero_stage": zero.get("stage", 0),
-        "offload_optimizer": device,
-    }
-    changes: dict[str, Any] = {"engine": engine}
+    """The recipe with what the ds_config says of stage, off-loading and dtype."""
+    changes: dict[str, Any] = {}
+    if "zero_optimization" in values:
+        zero = values["zero_optimization"]
+        device = (zero.get("offload_optimizer") or {}).get("device", "none")
+        own = {"zero_stage": zero.get("stage", 0), "offload_optimizer": device}
+        changes["engine"] = config.engine.model_dump() | own
     if "bf16" in values:
         changes["dtype"] = "bf16" if values["bf16"].get("enabled") else "fp32"
     try:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from softprompt_dist.adapt_config import AdaptConfig
+from softprompt_dist.adapt_config import AdaptConfig, EngineConfig
 from softprompt_dist.adaptation.engine_config import apply_ds_config, engine_config, read_ds_config
 from softprompt_dist.errors import ConfigError
 
@@ -95,3 +95,10 @@ def test_master_weights_are_fp32_whatever_the_ds_config_wants(settings_of):
     settings = settings_of({"bf16": wanted, "zero_optimization": {"stage": 2}})
     assert settings["bf16"] == {"enabled": True}
     assert settings["data_types"] == {"grad_accum_dtype": "fp32"}
+
+
+def test_a_ds_config_that_is_silent_on_zero_leaves_the_stage_to_the_recipe():
+    recipe = CONFIG.model_copy(update={"engine": EngineConfig(zero_stage=2)})
+    assert apply_ds_config(recipe, {"bf16": {"enabled": True}}).engine.zero_stage == 2
+    said = apply_ds_config(recipe, {"zero_optimization": {"stage": 3}})
+    assert said.engine.zero_stage == 3
