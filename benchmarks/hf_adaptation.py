@@ -24,7 +24,7 @@ from transformers import (
 from transformers.optimization import Adafactor
 
 from benchmarks.clock import CpuTime, StepClock
-from benchmarks.peers import T5WithOwnHead, has_checkpoint_head
+from benchmarks.peers import T5WithOwnHead, has_checkpoint_head, zero3_config
 from softprompt_dist.adapt_config import AdaptConfig
 from softprompt_dist.backbone.architecture import architecture_of
 from softprompt_dist.data.batching import IGNORED_LABEL
@@ -46,17 +46,7 @@ _ZERO = {
         "reduce_bucket_size": 5e8,
         "contiguous_gradients": True,
     },
-    3: {
-        "stage": 3,
-        "overlap_comm": True,
-        "contiguous_gradients": True,
-        "sub_group_size": 1e9,
-        "reduce_bucket_size": "auto",
-        "stage3_prefetch_bucket_size": "auto",
-        "stage3_param_persistence_threshold": "auto",
-        "stage3_max_live_parameters": 1e9,
-        "stage3_max_reuse_distance": 1e9,
-    },
+    3: zero3_config("fp32")["zero_optimization"],
 }
 """As in Hugging Face's documentation; other stages have nothing to set."""
 

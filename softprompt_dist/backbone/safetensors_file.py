@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Protocol, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from softprompt_dist.durable import FileDigest
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int8: "I8"}
 _ALIGNMENT = 8
@@ -36,7 +39,31 @@ class Entry:
         return prod(self.shape) * self.dtype.itemsize
 
 
-class SafetensorsWriter:
+class _NewFile:
+    """A file that is whole and on the disk when its `with` block has ended without an error."""
+
+    _file: BinaryIO
+    bytes_missing: int
+    """Of the tensors' data."""
+
+    def __enter__(self) -> Self:
+        """Itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Flush and close."""
+        with self._file as file:
+            if kind is None:
+                assert self.bytes_missing == 0, f"{self.bytes_missing} bytes were not written"
+                _flush(file)
+
+
+class SafetensorsWriter(_NewFile):
     """A new file for known tensors, whose rows come in any order.
 
     Leaving the `with` block flushes it to the disk. Format:
@@ -51,7 +78,7 @@ class SafetensorsWriter:
         ordered = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
         header, ends = _header(ordered, metadata)
         self._starts = {e.name: len(header) + ends[e.name] - e.num_bytes for e in ordered}
-        self._bytes_missing = sum(entry.num_bytes for entry in ordered)
+        self.bytes_missing = sum(entry.num_bytes for entry in ordered)
         self._file = path.open("xb")
         self._file.write(header)
 
@@ -59,26 +86,10 @@ class SafetensorsWriter:
         """Put rows [R, N] (uint8) of a tensor in their place, from row `first` on."""
         self._file.seek(self._starts[name] + first * bytes_RN.shape[1])
         self._file.write(bytes_RN.contiguous().view(-1).numpy().data)
-        self._bytes_missing -= bytes_RN.numel()
-
-    def __enter__(self) -> SafetensorsWriter:
-        """Itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Flush and close."""
-        with self._file as file:
-            if kind is None:
-                assert self._bytes_missing == 0, f"{self._bytes_missing} bytes were not written"
-                _flush(file)
+        self.bytes_missing -= bytes_RN.numel()
 
 
-class SafetensorsStream:
+class SafetensorsStream(_NewFile):
     """A new file for known tensors of one type, written from its first byte to its last.
 
     So its digest is known when it is written. Leaving the `with` block flushes it to the disk.
@@ -108,22 +119,6 @@ class SafetensorsStream:
         """Of the whole file, once it is written."""
         assert self.bytes_missing == 0, f"{self.bytes_missing} bytes were not written"
         return FileDigest(self._num_bytes, self._sha256.hexdigest())
-
-    def __enter__(self) -> SafetensorsStream:
-        """Itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Flush and close."""
-        with self._file as file:
-            if kind is None:
-                assert self.bytes_missing == 0, f"{self.bytes_missing} bytes were not written"
-                _flush(file)
 
 
 class _HasBytes(Protocol):
