@@ -112,7 +112,10 @@ class LossModel(nn.Module):
 def recompute_layers(model: nn.Module) -> None:
     """Keep each layer's input only; the backward pass computes the rest of it again."""
     if isinstance(model, CausalModel):
-        model.model.gradient_checkpointing_enable({"use_reentrant": True})
+        inner = model.model
+        old_name = "gradient_checkpointing_enable"  # of earlier releases of transformers 5
+        enable = getattr(inner, "activation_checkpointing_enable", None) or getattr(inner, old_name)
+        enable({"use_reentrant": True})
         return
     assert isinstance(model, TrainableT5)
     for block in (*model.encoder.block, *model.decoder.block):
