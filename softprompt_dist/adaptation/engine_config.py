@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +9,12 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from softprompt_dist.adapt_config import AdaptConfig
-from softprompt_dist.backbone.engine import automatic_values, similar_key
+from softprompt_dist.backbone.ds_config import (
+    BATCH_KEYS,
+    check_zero,
+    misplaced,
+    read_ds_object,
+)
 from softprompt_dist.errors import ConfigError
 
 _REFUSED = {
@@ -33,9 +37,7 @@ _REFUSED_OF_ZERO: dict[str, tuple[tuple[Any, ...], str]] = {
 """Setting -> values that do no harm, and the reason."""
 _SECTIONS = ("zero_optimization", "bf16", "fp16", "data_types", "communication_data_type")
 _BELONGS_TO_RECIPE = {
-    "train_batch_size": "batch.global_batch_size",
-    "train_micro_batch_size_per_gpu": "batch.micro_batch_size",
-    "gradient_accumulation_steps": "batch.global_batch_size",
+    **BATCH_KEYS,
     "optimizer": "optimizer",
     "scheduler": "schedule",
     "gradient_clipping": "max_gradient_norm",
@@ -48,16 +50,7 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: missing, not a JSON object, asks for fp16, or sets what belongs to the recipe.
     """
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"Cannot read ds_config {path}: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"ds_config {path} must be a JSON object.")
-    problems = _problems(values)
-    if problems:
-        raise ConfigError(f"ds_config {path}\n" + "\n".join(f"  - {p}" for p in problems))
-    return values
+    return read_ds_object(path, _problems)
 
 
 def apply_ds_config(config: AdaptConfig, values: dict[str, Any]) -> AdaptConfig:
@@ -98,7 +91,7 @@ def engine_config(
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True} | (
             zero.get("offload_optimizer") or {}
         )
-    _check_zero(zero)
+    check_zero(zero)
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": batch.micro_batch_size,
         "gradient_accumulation_steps": batch.global_batch_size
@@ -129,11 +122,7 @@ def gradient_sums(config: AdaptConfig, values: dict[str, Any] | None) -> Literal
 
 
 def _problems(values: dict[str, Any]) -> list[str]:
-    problems = [
-        f"sets {key!r}, which belongs to the recipe ({home}). Remove it from the JSON."
-        for key, home in _BELONGS_TO_RECIPE.items()
-        if key in values
-    ]
+    problems = misplaced(values, _BELONGS_TO_RECIPE, _SECTIONS)
     problems += [
         f"sets {key!r}, which an adaptation cannot have. {remedy} Remove it from the JSON."
         for key, remedy in _REFUSED.items()
@@ -148,16 +137,6 @@ def _problems(values: dict[str, Any]) -> list[str]:
     problems += [
         f"sets {name!r} to {found!r}; it must be {wanted}."
         for name, found, wanted in _of_wrong_kind(values)
-    ]
-    problems += [
-        f'sets {name} to "auto", which only the Hugging Face Trainer fills in. Remove it.'
-        for name in automatic_values(values)
-        if name not in _BELONGS_TO_RECIPE
-    ]
-    problems += [
-        f"sets {key!r}, which is unknown.{similar_key(key, _SECTIONS)}"
-        for key in values
-        if similar_key(key, _SECTIONS)
     ]
     problems += [
         f"sets {name} to fp16, in which T5 overflows and updates are lost. Use bf16."
@@ -187,21 +166,6 @@ def _in_fp16(values: dict[str, Any]) -> Iterator[str]:
             yield f"{section}.{key}"
     if values.get("communication_data_type") in ("fp16", "float16"):
         yield "communication_data_type"
-
-
-def _check_zero(zero: dict[str, Any]) -> None:
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    try:
-        DeepSpeedZeroConfig(**zero)
-    except ValidationError as error:
-        known = [f.alias or n for n, f in DeepSpeedZeroConfig.model_fields.items()]
-        problems = "".join(
-            f"\n  - zero_optimization.{'.'.join(map(str, e['loc']))} is {e['input']!r}: "
-            f"{e['msg']}.{similar_key(str(e['loc'][-1]), known)}"
-            for e in error.errors()
-        )
-        raise ConfigError("ds_config: DeepSpeed refuses" + problems) from error
 
 
 def _check_others(settings: dict[str, Any]) -> None:

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from softprompt_dist.adapt_config import AdaptConfig
 from softprompt_dist.adaptation.checkpoint import AdaptationCheckpointStore
 from softprompt_dist.adaptation.curves import draw_curves
@@ -135,21 +137,14 @@ class _Session:
             self._export()  # an earlier attempt may have ended between its checkpoint and this
         while run.step < config.steps:
             metrics = self._update(batches, throughput)
-            is_last = run.step == config.steps
-            if run.step % config.log_every_steps == 0 or is_last:
-                speed = throughput.read(config.steps - run.step) if throughput else {}
-                self.journal.log(run.step, metrics | speed)
-            if run.step % config.evaluation.every_steps == 0 or is_last:
+            self._log(metrics, throughput)
+            if self._is_due(config.evaluation.every_steps):
                 self._measure()
             stopping = self.stop.agreed()
-            if (
-                stopping
-                or is_last
-                or run.step % config.checkpoint.every_steps == 0
-                or (run.step in config.export.steps)
-            ):
+            is_exported = run.step in (*config.export.steps, config.steps)
+            if stopping or is_exported or self._is_due(config.checkpoint.every_steps):
                 save(run, self.store)
-            if is_last or run.step in config.export.steps:
+            if is_exported:
                 self._export()
             if stopping:
                 self.journal.say(
@@ -157,6 +152,16 @@ class _Session:
                 )
                 return False
         return True
+
+    def _is_due(self, every_steps: int) -> bool:
+        """Whether what is done every so many steps, and at the last, is done now."""
+        return self.run.step % every_steps == 0 or self.run.step == self.config.steps
+
+    def _log(self, metrics: dict[str, float], throughput: Throughput | None) -> None:
+        if self._is_due(self.config.log_every_steps):
+            left = self.config.steps - self.run.step
+            speed = throughput.read(left) if throughput else {}
+            self.journal.log(self.run.step, metrics | speed)
 
     def _update(self, batches: BatchStream, throughput: Throughput | None) -> dict[str, float]:
         run, started = self.run, time.monotonic()
@@ -196,9 +201,7 @@ def _store(config: AdaptConfig, directory: RunDirectory) -> AdaptationCheckpoint
     )
 
 
-def _dtype(config: AdaptConfig) -> Any:
-    import torch
-
+def _dtype(config: AdaptConfig) -> torch.dtype:
     return torch.bfloat16 if config.dtype == "bf16" else torch.float32
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
-import json
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from softprompt_dist.backbone.ds_config import (
+    BATCH_KEYS,
+    check_zero,
+    misplaced,
+    read_ds_object,
+    reason_of,
+    similar_key,
+)
 from softprompt_dist.backbone.host_memory import NVME_BUFFERS
 from softprompt_dist.config import BackboneConfig
 from softprompt_dist.errors import ConfigError
@@ -25,9 +30,7 @@ _OWN_KEYS = (
     "activation_checkpointing",
 )
 _BELONGS_TO_RECIPE = {
-    "train_batch_size": "batch.global_batch_size",
-    "train_micro_batch_size_per_gpu": "batch.micro_batch_size",
-    "gradient_accumulation_steps": "batch.global_batch_size",
+    **BATCH_KEYS,
     "optimizer": "optimizer.name",
     "scheduler": "optimizer.warmup_steps",
     "gradient_clipping": "optimizer.clipping_threshold",
@@ -63,16 +66,7 @@ def read_engine_config(path: str | Path) -> dict[str, Any]:
         ConfigError: missing, not JSON, sets what belongs to the recipe, asks for fp16 or for a ZeRO
             stage that shards nothing of a frozen model.
     """
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"Cannot read ds_config {path}: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"ds_config {path} must be a JSON object.")
-    problems = _wrong_kinds(values) or _misplaced(values)
-    if problems:
-        raise ConfigError(f"ds_config {path}\n" + "\n".join(f"  - {p}" for p in problems))
-    return values
+    return read_ds_object(path, lambda values: _wrong_kinds(values) or _misplaced(values))
 
 
 def apply_engine_config(backbone: BackboneConfig, values: dict[str, Any]) -> BackboneConfig:
@@ -92,7 +86,7 @@ def apply_engine_config(backbone: BackboneConfig, values: dict[str, Any]) -> Bac
     try:
         return BackboneConfig.model_validate(backbone.model_dump() | changes)
     except ValidationError as error:
-        reasons = " ".join(_reason(problem) for problem in error.errors())
+        reasons = " ".join(reason_of(problem) for problem in error.errors())
         raise ConfigError(f"ds_config and recipe together: {reasons}") from error
 
 
@@ -127,7 +121,7 @@ def engine_config(
     given = base.get("zero_optimization", {})
     offload = ours.get("offload_param", {}) | (given.get("offload_param") or {})
     zero = ours | given | ({"offload_param": offload} if offload else {})
-    _check_zero(zero)
+    check_zero(zero)
     # Parameters are bytes, so DeepSpeed has nothing to cast; batches never pass through it.
     return {
         **base,
@@ -135,27 +129,6 @@ def engine_config(
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": False},
     }
-
-
-def _check_zero(zero: dict[str, Any]) -> None:
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    try:
-        DeepSpeedZeroConfig(**zero)
-    except ValidationError as error:
-        known = [f.alias or n for n, f in DeepSpeedZeroConfig.model_fields.items()]
-        problems = [
-            f"\n  - zero_optimization.{_reason(e)}{similar_key(str(e['loc'][-1]), known)}"
-            for e in error.errors()
-        ]
-        raise ConfigError("ds_config: DeepSpeed refuses" + "".join(problems)) from error
-
-
-def _reason(problem: Any) -> str:
-    """One of pydantic's errors with its key and value, which its own words leave out."""
-    message = str(problem["msg"]).removeprefix("Value error, ").rstrip(".")
-    name = ".".join(map(str, problem["loc"]))
-    return f"{name} is {problem['input']!r}: {message}." if name else f"{message}."
 
 
 def _offload(backbone: BackboneConfig, largest_part: int) -> dict[str, Any]:
@@ -188,17 +161,7 @@ def _wrong_kinds(values: dict[str, Any]) -> list[str]:
 
 
 def _misplaced(values: dict[str, Any]) -> list[str]:
-    problems = [
-        f"sets {key!r}, which belongs to the recipe ({home}). Remove it from the JSON."
-        for key, home in _BELONGS_TO_RECIPE.items()
-        if key in values
-    ]
-    problems += [
-        f'sets {name} to "auto", which only the Hugging Face Trainer fills in. Remove it: '
-        "it is worked out from the model."
-        for name in automatic_values(values)
-        if name not in _BELONGS_TO_RECIPE
-    ]
+    problems = misplaced(values, _BELONGS_TO_RECIPE, _SECTIONS)
     problems += [
         f"sets {OWN_SECTION}.{key}, which is unknown.{_nearest(key)}"
         for key in values.get(OWN_SECTION, {})
@@ -209,11 +172,6 @@ def _misplaced(values: dict[str, Any]) -> list[str]:
         f"{OWN_SECTION}.quantization or {OWN_SECTION}.shard_group."
         for key in _NUMBERS_NOT_BYTES
         if values.get("zero_optimization", {}).get(key)
-    ]
-    problems += [
-        f"sets {key!r}, which is unknown.{similar_key(key, _SECTIONS)}"
-        for key in values
-        if similar_key(key, _SECTIONS)
     ]
     if values.get("fp16", {}).get("enabled"):
         problems.append("enables fp16, in which T5 overflows. Use bf16.")
@@ -227,21 +185,6 @@ def _misplaced(values: dict[str, Any]) -> list[str]:
 
 def _nearest(key: str) -> str:
     return f"{similar_key(key, _OWN_KEYS)} Known: {', '.join(_OWN_KEYS)}."
-
-
-def similar_key(key: str, known: Sequence[str]) -> str:
-    """Words that name the known key nearest to an unknown one; nothing where there is none."""
-    close = [] if key in known else difflib.get_close_matches(key, known, n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
-
-
-def automatic_values(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Names of the settings of a ds_config that are "auto"."""
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from automatic_values(value, f"{prefix}{key}.")
-        elif value == "auto":
-            yield prefix + key
 
 
 def _stage(values: dict[str, Any]) -> Any:

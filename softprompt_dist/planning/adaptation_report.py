@@ -29,6 +29,7 @@ from softprompt_dist.planning.adaptation_memory import (
     matrix_shapes,
     num_statistics,
 )
+from softprompt_dist.planning.report import way_out
 
 _HEADER = (
     *("", "ZeRO", "sums", "recompute", "off-load", "weights", "grads", "sums", "masters"),
@@ -252,12 +253,8 @@ def adaptation_refusal(plans: Sequence[AdaptationPlan], question: AdaptationQues
     if least.memory.total <= question.device_bytes and room is not None:
         message += f", which needs {least.host / 1e9:.0f} GB of host memory, not {room:g}"
     most = max(largest_adaptation_micro_batch(question, plan.engine) for plan in exact)
-    if most:
-        return f"{message}. Lower --micro-batch to {most}."
-    gpus = fewest_adaptation_gpus(question)
-    if gpus:
-        return f"{message}. Use --gpus {gpus}, or GPUs with more memory."
-    return f"{message}. Use a smaller model, or GPUs with more memory."
+    gpus = None if most else fewest_adaptation_gpus(question)
+    return f"{message}. {way_out(most, gpus)}"
 
 
 def _name(engine: Engine) -> str:

@@ -129,12 +129,22 @@ def refusal(plans: Sequence[Plan], question: Question) -> str:
     if least.memory.total <= question.device_bytes and host_memory is not None:
         message += f", which needs {least.host / 1e9:.0f} GB of host memory, not {host_memory:g}"
     most = max(largest_micro_batch(question, plan.cell) for plan in plans)
-    if most:
-        return f"{message}. Lower --micro-batch to {most}."
-    gpus = fewest_gpus(question)
+    gpus = None if most else fewest_gpus(question)
+    return f"{message}. {way_out(most, gpus)}"
+
+
+def way_out(micro_batch: int, gpus: int | None) -> str:
+    """What to do where nothing fits.
+
+    Args:
+        micro_batch: the largest that would fit, or 0.
+        gpus: the fewest that would do, or None.
+    """
+    if micro_batch:
+        return f"Lower --micro-batch to {micro_batch}."
     if gpus:
-        return f"{message}. Use --gpus {gpus}, or GPUs with more memory."
-    return f"{message}. Use a smaller model, or GPUs with more memory."
+        return f"Use --gpus {gpus}, or GPUs with more memory."
+    return "Use a smaller model, or GPUs with more memory."
 
 
 def _name(cell: Cell) -> str:
