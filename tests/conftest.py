@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from softprompt_dist.parallel.extensions import choose_extensions_folder
 from tests import runs
 from tests.messages import Said
 from tests.models import save_enlarged
@@ -21,6 +22,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Tests run on the CPU, also where there is a GPU, unless they are marked `gpu`."""
     wants_gpu = item.get_closest_marker("gpu") is not None
     torch.cuda.is_available = _has_gpu if wants_gpu else lambda: False
+
+
+@pytest.fixture(scope="session", autouse=True)
+def extensions_folder() -> Path:
+    """Where DeepSpeed's extensions lie: a test with a cache of its own does not compile them."""
+    return choose_extensions_folder()
 
 
 @pytest.fixture(scope="session")

@@ -10,9 +10,8 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from unittest.mock import patch
 
-from softprompt_dist.parallel.extensions import choose_extensions_folder, prefer_own_ninja
+from softprompt_dist.parallel.extensions import prefer_own_ninja
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("worker.py")
@@ -128,8 +127,6 @@ class RunningRanks:
         inherited = [os.environ.get("PYTHONPATH", "")]
         prefer_own_ninja()
         return os.environ | {
-            # The verbs' own: what they have compiled is not compiled again.
-            "TORCH_EXTENSIONS_DIR": str(extensions_folder()),
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(world_size),
@@ -176,12 +173,6 @@ def run_function_on_ranks(function, world_size, log_folder, *, timeout=60, env=N
     with RunningRanks(command, world_size, log_folder, env, python_path) as running:
         running.wait(timeout)
     return [json.loads(path.read_text()) for path in results]
-
-
-def extensions_folder():
-    """Where the verbs keep what they compile; this process's own environment stays as it is."""
-    with patch.dict(os.environ):
-        return choose_extensions_folder()
 
 
 def free_port():

@@ -1,7 +1,6 @@
 """Parts of blocks that lie on a disk: DeepSpeed writes and reads them, byte for byte."""
 
 import cells
-import launch
 import pytest
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
@@ -37,9 +36,9 @@ def large_t5():
 
 
 @pytest.fixture(scope="module")
-def found(run_functions, tmp_path_factory):
+def found(run_functions, tmp_path_factory, extensions_folder):
     """Folder of each model, after all cells have run on it."""
-    if not any(launch.extensions_folder().rglob("async_io.so")):
+    if not any(extensions_folder.rglob("async_io.so")):
         pytest.skip(
             "DeepSpeed's async_io is not built, which takes minutes: install libaio-dev, and run "
             "python -c 'from deepspeed.ops.op_builder import AsyncIOBuilder as B; B().load()'"
