@@ -21,10 +21,10 @@ def corpus_of(documents: Sequence[Sequence[int]]) -> TokensInMemory:
     return TokensInMemory(ids, offsets)
 
 
-def counting_corpus(lengths: Sequence[int]) -> TokensInMemory:
+def counting_corpus(lengths: Sequence[int], first_id: int = 10) -> TokensInMemory:
     """No token occurs twice: 10, 11, 12, ..."""
     offsets = np.cumsum([0, *lengths])
-    return TokensInMemory(np.arange(10, 10 + offsets[-1]), offsets)
+    return TokensInMemory(np.arange(first_id, first_id + offsets[-1]), offsets)
 
 
 def some_lengths(count: int, longest: int, seed: int = 0) -> list[int]:
@@ -36,4 +36,6 @@ def config_of(**settings: object) -> AdaptConfig:
 
 
 def data_of(corpus: TokensInMemory, **settings: object) -> LMData:
+    ids = np.asarray(corpus.token_ids)
+    assert not ((ids <= EOS) | (ids > FIRST_SENTINEL - SPECIAL.num_sentinels)).any()
     return LMData(corpus, SPECIAL, config_of(**settings))

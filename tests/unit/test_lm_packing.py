@@ -54,7 +54,9 @@ def test_decoders_read_labels_behind_a_start_piece(packing):
     corpus = counting_corpus(some_lengths(300, 20))
     data = data_of(corpus, packing=packing, inputs_length=32, targets_length=32)
     plan = data.plan(0, 16)
-    for _, decoder_inputs, labels in segments_of(data.rows(plan, 0, 16)):
+    examples = segments_of(data.rows(plan, 0, 16))
+    assert len(examples) >= 16
+    for _, decoder_inputs, labels in examples:
         assert decoder_inputs == [PAD, *labels[:-1]]
 
 

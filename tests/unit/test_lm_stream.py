@@ -147,9 +147,11 @@ def test_no_more_steps_are_made_than_asked_for():
     config = config_of(inputs_length=32, targets_length=32, packing="none")
     data = Counting(counting_corpus([20] * 99), SPECIAL, config)
     with BatchStream(data, batch_of(4), 0, 0, 1, num_prefetched=2) as stream:
-        time.sleep(0.2)
         # Two wait in the queue, one more is in the hand of the thread.
-        assert data.planned <= 3 * GLOBAL_BATCH
+        while data.planned < 3 * GLOBAL_BATCH:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert data.planned == 3 * GLOBAL_BATCH
         next(stream)
 
 
