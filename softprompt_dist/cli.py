@@ -15,7 +15,7 @@ from softprompt_dist.parallel.verb import run_verb
 VERBS = {
     "train": "tune a soft prompt for a frozen backbone",
     "corpus": "tokenise text once, for softprompt adapt",
-    "adapt": "train all weights of a T5 v1.1 on plain text",
+    "adapt": "train all weights of a language model on plain text",
     "evaluate": "score a prompt file on a task",
     "predict": "have a prompt file answer the rows of a file",
     "tasks": "list the tasks known by name and show the text they give",

@@ -12,8 +12,8 @@ def keep_freed_memory() -> bool:
     """Let this process use again what it frees, instead of giving it back to the kernel.
 
     glibc maps each large tensor anew and unmaps it when it is freed, and the kernel clears every
-    page of it again: a sixth of the time of a training step on a CPU. What is resident then stays
-    near its peak.
+    page of it again, which a training step on a CPU feels. What is resident then stays near its
+    peak.
 
     Returns:
         Whether the C library can be told so (glibc can).

@@ -1,7 +1,7 @@
 """Texts to token ids, exactly those of the tokenizer without special tokens, in flat arrays.
 
 A tokenizer that cuts at white space before anything else, as T5's does, gives a word the same ids
-wherever it stands. Words repeat, so each is encoded once and then looked up: twice as fast.
+wherever it stands. Words repeat, so each is encoded once and then looked up.
 """
 
 from __future__ import annotations
