@@ -1,7 +1,5 @@
 """An export by two ranks, each of which holds a part of every weight."""
 
-import errno
-import os
 from pathlib import Path
 
 import torch
@@ -14,6 +12,7 @@ from softprompt_dist.adaptation.sharded_tensor import Piece, ShardedTensor
 from softprompt_dist.backbone.safetensors_file import SafetensorsStream
 from softprompt_dist.errors import ConfigError, MachineError
 from softprompt_dist.parallel import ranks
+from tests.damage import disk_full
 
 TOKENIZER = Path(softprompt_dist.__file__).parent / "assets" / "tiny-t5"
 
@@ -55,10 +54,7 @@ def export(folder):
             return str(error)
         return None
 
-    def full(self, values_N):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    write, SafetensorsStream.write = SafetensorsStream.write, full
+    write, SafetensorsStream.write = SafetensorsStream.write, disk_full
     errors = [attempt(5)]
     ranks.gather_objects(None)
     left = [path.name for path in Path(folder).iterdir()]

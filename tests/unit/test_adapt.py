@@ -22,6 +22,7 @@ from softprompt_dist.parallel.join import join_world
 from softprompt_dist.recipe import load_recipe
 from softprompt_dist.run import session as tuning_session
 from tests import adaptations
+from tests.damage import flip_bit, truncate
 
 OPTIMIZERS = ("adafactor", "rms_scaled_adamw", "adamw")
 
@@ -122,18 +123,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(make_config, setting
 FACTORED = adaptations.ARCHITECTURE | {"d_model": 128, "d_ff": 128}
 
 
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def flip_a_bit(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
 @pytest.mark.parametrize(
-    ("damage", "file"), [(truncate, "model.safetensors"), (flip_a_bit, "small.safetensors")]
+    ("damage", "file"), [(truncate, "model.safetensors"), (flip_bit, "small.safetensors")]
 )
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(make_config, damage, file, caplog):
     config = make_config(optimizer="adafactor", architecture=FACTORED)

@@ -1,6 +1,4 @@
-import errno
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -30,6 +28,7 @@ from softprompt_dist.adaptation.sharded_tensor import Piece, ShardedTensor
 from softprompt_dist.backbone.safetensors_file import SafetensorsStream
 from softprompt_dist.backbone.t5_v11 import new_t5, t5_config
 from softprompt_dist.errors import ConfigError, MachineError
+from tests.damage import disk_full
 
 TOKENIZER = Path(softprompt_dist.__file__).parent / "assets" / "tiny-t5"
 SMALL = ArchitectureConfig(
@@ -228,13 +227,10 @@ def test_identity_changes_with_what_decides_the_weights():
 
 @pytest.mark.parametrize("where", ["weights", "flush"])
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, where):
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     if where == "weights":
-        monkeypatch.setattr(SafetensorsStream, "write", full)
+        monkeypatch.setattr(SafetensorsStream, "write", disk_full)
     else:
-        monkeypatch.setattr("softprompt_dist.adaptation.export.flush_files", full)
+        monkeypatch.setattr("softprompt_dist.adaptation.export.flush_files", disk_full)
     with pytest.raises(MachineError, match=r"Cannot export to .*out: No space left.* free there"):
         export(gpt2(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

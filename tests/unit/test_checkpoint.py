@@ -13,6 +13,7 @@ from softprompt_dist.errors import CheckpointError
 from softprompt_dist.run import checkpoint as checkpoint_module
 from softprompt_dist.run.checkpoint import CheckpointStore
 from softprompt_dist.run.checkpoint_format import encode_checkpoint
+from tests.damage import denied, fill_disk_at_flush, flip_bit, names, truncate
 
 STATE = {"seed": 7, "cursor": 320, "best_score": 0.9}
 
@@ -46,24 +47,10 @@ def assert_is_step(checkpoint, step):
         assert torch.equal(checkpoint.tensors[name], tensor)
 
 
-def names(store):
-    return sorted(path.name for path in store.folder.iterdir())
-
-
-def flip_bit(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def truncate(path):
-    os.truncate(path, path.stat().st_size // 2)
-
-
 def test_roundtrip_is_bitwise(store):
     save(store, 20)
     assert_is_step(store.load_newest(), 20)
-    assert names(store) == ["step-00000020"]
+    assert names(store.folder) == ["step-00000020"]
     assert sorted(p.name for p in (store.folder / "step-00000020").iterdir()) == [
         "manifest.json",
         "rng.safetensors",
@@ -96,7 +83,7 @@ def test_nothing_saved_yet(store):
 
 def test_the_last_k_are_kept_and_the_newest_is_chosen_by_step_not_by_time(store):
     save(store, 9, 10, 11, 100)
-    assert names(store) == ["step-00000010", "step-00000011", "step-00000100"]
+    assert names(store.folder) == ["step-00000010", "step-00000011", "step-00000100"]
     os.utime(store.folder / "step-00000010", (2e9, 2e9))
     assert_is_step(store.load_newest(), 100)
 
@@ -114,7 +101,7 @@ def test_a_half_deleted_checkpoint_is_not_a_checkpoint(store, monkeypatch):
     assert not (store.folder / "step-00000001" / "manifest.json").exists()
     assert_is_step(store.load_newest(), 4)
     save(store, 5)
-    assert names(store) == ["step-00000003", "step-00000004", "step-00000005"]
+    assert names(store.folder) == ["step-00000003", "step-00000004", "step-00000005"]
 
 
 @pytest.mark.parametrize("file", ["state.safetensors", "rng.safetensors", "state.json"])
@@ -124,7 +111,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(store, caplog, fil
     damage(store.folder / "step-00000020" / file)
     with caplog.at_level(logging.WARNING):
         assert_is_step(store.load_newest(), 10)
-    assert names(store) == ["corrupt-step-00000020", "step-00000010"]
+    assert names(store.folder) == ["corrupt-step-00000020", "step-00000010"]
     assert file in caplog.text
     save(store, 20)
     assert_is_step(store.load_newest(), 20)
@@ -169,7 +156,7 @@ def test_junk_is_ignored_or_set_aside(store):
     (store.folder / "step-00000040").mkdir()
     (store.folder / "step-00000050").write_text("a file")
     assert_is_step(store.load_newest(), 10)
-    assert names(store) == [
+    assert names(store.folder) == [
         "corrupt-step-00000040",
         "corrupt-step-00000050",
         "notes",
@@ -182,7 +169,7 @@ def test_leftovers_of_a_killed_save_are_cleaned_and_never_loaded(store):
     save(store, 10)
     shutil.copytree(store.folder / "step-00000010", store.folder / ".tmp-step-abc")
     assert_is_step(store.load_newest(), 10)
-    assert names(store) == ["step-00000010"]
+    assert names(store.folder) == ["step-00000010"]
 
 
 def test_a_kill_in_the_first_save_leaves_a_run_that_starts_at_step_0(store):
@@ -205,10 +192,10 @@ def test_a_fresh_start_keeps_the_old_files_but_does_not_see_them(store):
     assert_is_step(store.load_newest(), 10)
     store.discard_all()
     assert store.load_newest() is None
-    assert names(store) == ["discarded-step-00000010", "discarded-step-00000020"]
+    assert names(store.folder) == ["discarded-step-00000010", "discarded-step-00000020"]
     save(store, 10)
     store.discard_all()
-    assert names(store)[1] == "discarded-step-00000010-2"
+    assert names(store.folder)[1] == "discarded-step-00000010-2"
 
 
 def test_a_published_checkpoint_is_never_overwritten(store):
@@ -226,27 +213,19 @@ def test_a_damaged_published_checkpoint_makes_way_for_the_same_step(store):
     truncate(store.folder / "step-00000010" / "state.safetensors")
     save(store, 10)
     assert_is_step(store.load_newest(), 10)
-    assert "corrupt-step-00000010" in names(store)
+    assert "corrupt-step-00000010" in names(store.folder)
 
 
 @pytest.mark.parametrize("call", [1, 2, 3, 4, 5, 6])
 def test_disk_full_at_any_flush_leaves_the_old_checkpoints(store, monkeypatch, call):
     save(store, 10)
-    calls = 0
-
-    def full(descriptor):
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
+    fill_disk_at_flush(monkeypatch, call)
     with pytest.raises(
         CheckpointError, match=r"No space left .* needs [\d,]+ bytes, [\d,]+ are free"
     ):
         save(store, 20)
     monkeypatch.undo()
-    assert names(store) == ["step-00000010"]
+    assert names(store.folder) == ["step-00000010"]
     assert_is_step(store.load_newest(), 10)
 
 
@@ -259,7 +238,7 @@ def test_an_interrupted_write_leaves_no_trace(store, monkeypatch):
     monkeypatch.setattr(checkpoint_module, "write_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save(store, 20)
-    assert names(store) == ["step-00000010"]
+    assert names(store.folder) == ["step-00000010"]
 
 
 def test_a_write_that_does_not_read_back_is_an_error(store, monkeypatch):
@@ -293,28 +272,22 @@ def test_a_read_only_folder(store):
 
 
 def test_a_write_that_is_denied_leaves_what_was_saved(store, monkeypatch):
-    def denied(path, content):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-
     save(store, 10)
     monkeypatch.setattr(checkpoint_module, "write_file", denied)
     with pytest.raises(CheckpointError, match="Permission denied"):
         save(store, 20)
-    assert names(store) == ["step-00000010"]
+    assert names(store.folder) == ["step-00000010"]
     assert_is_step(store.load_newest(), 10)
 
 
 def test_permission_denied_is_named_and_nothing_is_set_aside(store, monkeypatch):
-    def denied(path):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-
     save(store, 10)
     monkeypatch.setattr(checkpoint_module, "read_checkpoint", denied)
     with pytest.raises(CheckpointError, match=r"Permission denied.*permissions"):
         store.load_newest()
     with pytest.raises(CheckpointError, match=r"Permission denied.*permissions"):
         save(store, 10)
-    assert names(store) == ["step-00000010"]
+    assert names(store.folder) == ["step-00000010"]
 
 
 def test_an_old_checkpoint_that_cannot_be_removed_does_not_stop_the_run(store, monkeypatch, caplog):
@@ -335,7 +308,7 @@ def test_a_later_format_is_refused_not_set_aside(store):
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format_version": 2}))
     with pytest.raises(CheckpointError, match="format 2; this release reads 1"):
         store.load_newest()
-    assert names(store) == ["step-00000010"]
+    assert names(store.folder) == ["step-00000010"]
 
 
 def test_another_world_size_derives_the_random_state(store, caplog):

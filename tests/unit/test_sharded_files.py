@@ -1,4 +1,3 @@
-import errno
 import json
 import os
 
@@ -18,6 +17,7 @@ from softprompt_dist.adaptation.sharded_tensor import Piece, ShardedTensor
 from softprompt_dist.backbone.safetensors_file import SafetensorsStream
 from softprompt_dist.durable import digest_of_file
 from softprompt_dist.errors import BackboneError, CheckpointError, MachineError
+from tests.damage import full_at_call
 
 
 @pytest.fixture(autouse=True)
@@ -102,16 +102,7 @@ def test_parts_that_do_not_make_a_whole_are_never_written(tmp_path):
 
 @pytest.mark.parametrize("max_shard_bytes", [None, 100])
 def test_a_disk_full_in_the_middle_leaves_nothing(tmp_path, monkeypatch, max_shard_bytes):
-    write, calls = SafetensorsStream.write, 0
-
-    def full(self, values_N):
-        nonlocal calls
-        calls += 1
-        if calls == 7:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(self, values_N)
-
-    monkeypatch.setattr(SafetensorsStream, "write", full)
+    monkeypatch.setattr(SafetensorsStream, "write", full_at_call(7, SafetensorsStream.write))
     chosen = WeightFormat(max_shard_bytes=max_shard_bytes)
     with pytest.raises(MachineError, match=r"No space left.* take 372 bytes, [\d,]+ are free"):
         write_tensors(tmp_path, as_sharded(some_tensors()), chosen)
