@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
+import datasets
+import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import softprompt_dist
+from softprompt_dist.data.lm import text_sources
 from softprompt_dist.data.lm.build import BuildRequest, build_corpus
 from softprompt_dist.data.lm.text_sources import file_source
+from tests import runs
 
 TINY_T5 = Path(softprompt_dist.__file__).parent / "assets" / "tiny-t5"
 LINES = [
@@ -34,6 +39,30 @@ def word_tokenizer(num_words=100):
 def write_lines(path, lines=LINES):
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return path
+
+
+def write_texts(path, texts, field="text"):
+    """A jsonl file, whatever the texts are."""
+    return runs.write_rows(path, ({"id": 1, field: text} for text in texts))
+
+
+def write_parquet(path, values, field="text"):
+    datasets.Dataset.from_dict({"id": list(range(len(values))), field: values}).to_parquet(path)
+    return path
+
+
+def packed(path, pack=gzip):
+    """A compressed copy of a file beside it."""
+    target = path.with_name(f"{path.name}{'.gz' if pack is gzip else '.xz'}")
+    target.write_bytes(pack.compress(path.read_bytes()))
+    return target
+
+
+def read_in_small_batches(monkeypatch: pytest.MonkeyPatch, hub_cache: Path) -> None:
+    """Small texts, too, take several; and what `datasets` makes of files goes into a folder."""
+    monkeypatch.setattr(text_sources, "BATCH_BYTES", 200)
+    monkeypatch.setattr(text_sources, "_ROWS_AT_A_TIME", 7)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", hub_cache)
 
 
 def build(folder, tokenizer, *paths, **settings):

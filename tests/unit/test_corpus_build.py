@@ -1,16 +1,13 @@
-"""Whatever the sources hold and whatever happens on the way: the right bytes, or a message."""
+"""Any kind of source and whatever happens on the way: the right bytes in the end."""
 
 import gzip
-import json
 import lzma
 import os
 from dataclasses import dataclass
 
-import datasets
 import pytest
 
 from softprompt_dist.data.lm import build as build_module
-from softprompt_dist.data.lm import text_sources
 from softprompt_dist.data.lm.build import BuildRequest, build_corpus
 from softprompt_dist.data.lm.corpus import BuiltCorpus
 from softprompt_dist.data.lm.hub_source import hub_files
@@ -23,42 +20,18 @@ from tests.corpora import (
     contents,
     documents_in,
     ids_of,
-    tiny_t5,
+    packed,
+    read_in_small_batches,
     word_tokenizer,
     write_lines,
+    write_parquet,
+    write_texts,
 )
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_t5()
-
-
 @pytest.fixture(autouse=True)
-def small_batches(monkeypatch):
-    monkeypatch.setattr(text_sources, "BATCH_BYTES", 200)
-    monkeypatch.setattr(text_sources, "_ROWS_AT_A_TIME", 7)
-
-
-@pytest.fixture(autouse=True)
-def own_hub_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("hub"))
-
-
-def write_rows(path, texts, field="text"):
-    path.write_text("".join(json.dumps({"id": 1, field: text}) + "\n" for text in texts))
-    return path
-
-
-def write_parquet(path, values, field="text"):
-    datasets.Dataset.from_dict({"id": list(range(len(values))), field: values}).to_parquet(path)
-    return path
-
-
-def packed(path, pack):
-    target = path.with_name(f"{path.name}{'.gz' if pack is gzip else '.xz'}")
-    target.write_bytes(pack.compress(path.read_bytes()))
-    return target
+def small_batches(monkeypatch, tmp_path_factory):
+    read_in_small_batches(monkeypatch, tmp_path_factory.mktemp("hub"))
 
 
 SOURCES = {
@@ -66,8 +39,8 @@ SOURCES = {
     "no ending": lambda folder: write_lines(folder / "a"),
     "gz": lambda folder: packed(write_lines(folder / "a.txt"), gzip),
     "xz": lambda folder: packed(write_lines(folder / "a.txt"), lzma),
-    "jsonl": lambda folder: write_rows(folder / "a.jsonl", LINES),
-    "json.gz": lambda folder: packed(write_rows(folder / "a.json", LINES), gzip),
+    "jsonl": lambda folder: write_texts(folder / "a.jsonl", LINES),
+    "json.gz": lambda folder: packed(write_texts(folder / "a.json", LINES), gzip),
     "parquet": lambda folder: write_parquet(folder / "a.parquet", LINES),
 }
 
@@ -90,7 +63,7 @@ def test_a_data_set_of_the_hub_is_read_file_by_file(tmp_path, tokenizer):
     folder = tmp_path / "set"
     folder.mkdir()
     for number in range(3):
-        write_rows(folder / f"train-{number}.jsonl", LINES[number::3], "content")
+        write_texts(folder / f"train-{number}.jsonl", LINES[number::3], "content")
     files = hub_files(f"hub:{folder}", split="train", revision=None, field_name="content")
     assert [file.name for file in files] == [f"set train {n}/3" for n in (1, 2, 3)]
     request = BuildRequest(files, "content", tokens_per_shard=100, workers=1)
@@ -150,7 +123,7 @@ def untidy_request(tmp_path):
     paths = [
         write_lines(tmp_path / "a.txt", lines),
         write_lines(tmp_path / "empty.txt", ["", "\t"]),
-        packed(write_rows(tmp_path / "b.jsonl", [None, *LINES[20:], "", 5]), gzip),
+        packed(write_texts(tmp_path / "b.jsonl", [None, *LINES[20:], "", 5]), gzip),
         write_parquet(tmp_path / "c.parquet", [*LINES[:9], "", *LINES[9:12], None]),
     ]
     sources = [file_source(path) for path in paths]
@@ -269,93 +242,3 @@ def test_two_builds_of_one_folder_do_not_meet(tmp_path, tokenizer):
     with hold(tmp_path / "out"), pytest.raises(DataError, match="Another process is building"):
         build(tmp_path / "out", tokenizer, path)
     build(tmp_path / "out", tokenizer, path)
-
-
-BAD_ROWS = {
-    "not UTF-8": ("a.txt", b"good\nca\xe9f\n", r"Line 2 of a\.txt is not UTF-8: byte 0xe9"),
-    "NUL": ("a.txt", b"good\n\x00\x01\x02\n", r"Line 2 of a\.txt is binary: 3 of its 3"),
-    "control": ("a.txt", b"good\n\x01\x02\x03a\n", r"Line 2 of a\.txt is binary: 3 of its 4"),
-    "no JSON": ("a.jsonl", b'{"text": "a"}\n\n{"text"\n', r"Line 3 of a\.jsonl is not JSON"),
-    "a list": ("a.jsonl", b'["a"]\n', r"Line 1 of a\.jsonl is not a JSON object .* a list"),
-    "no field": ("a.jsonl", b'{"txt": "a"}\n', r"has no field 'text' \(its fields: txt; --field"),
-    "null": ("a.jsonl", b'{"text": null}\n', r"Line 1 of .* no text in its field 'text' but null"),
-    "number": ("a.jsonl", b'{"text": 3}\n', r"no text in its field 'text' but a int"),
-    "half": ("a.jsonl", b'{"text": "a\\ud800"}\n', r"half a character at position 1"),
-}
-
-
-@pytest.mark.parametrize(("name", "content", "message"), BAD_ROWS.values(), ids=BAD_ROWS)
-def test_a_bad_row_is_named_and_leaves_nothing(tmp_path, tokenizer, name, content, message):
-    path = tmp_path / name
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=f"{message}.*--skip-bad"):
-        build(tmp_path / "out", tokenizer, path)
-    assert not (tmp_path / "out").exists()
-    good = write_lines(tmp_path / "good.txt", ["some text"])
-    total = build(tmp_path / "out", tokenizer, path, good, skip_bad=True).total
-    assert total.bad_rows == 1
-    assert total.documents >= 1
-
-
-def test_a_parquet_file_without_the_field_is_refused(tmp_path, tokenizer):
-    path = write_parquet(tmp_path / "a.parquet", LINES, "content")
-    with pytest.raises(DataError, match=r"Row 1 of a\.parquet has no field 'text'.*id, content"):
-        build(tmp_path / "out", tokenizer, path)
-    build(tmp_path / "out", tokenizer, path, field_name="content")
-    assert documents_in(BuiltCorpus(tmp_path / "out")) == ids_of(tokenizer, LINES)
-
-
-def test_a_build_stopped_by_a_bad_row_goes_on_without_it(tmp_path, tokenizer):
-    path = write_lines(tmp_path / "a.txt", [*LINES[:30], "\x00", *LINES[30:]])
-    with pytest.raises(DataError, match=r"Line 31 of a\.txt"):
-        build(tmp_path / "out", tokenizer, path, tokens_per_shard=100)
-    build(tmp_path / "out", tokenizer, path, tokens_per_shard=100, skip_bad=True)
-    build(tmp_path / "whole", tokenizer, path, tokens_per_shard=100, skip_bad=True)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    assert documents_in(BuiltCorpus(tmp_path / "out")) == ids_of(tokenizer, LINES)
-
-
-def test_documents_may_be_tiny_and_rows_empty(tmp_path, tokenizer):
-    path = tmp_path / "a.txt"
-    path.write_bytes(b"\xef\xbb\xbfa\r\n\r\n  \n\xe2\x80\x8b\nlast without an end")
-    total = build(tmp_path / "out", tokenizer, path).total
-    documents = documents_in(BuiltCorpus(tmp_path / "out"))
-    assert documents == ids_of(tokenizer, ["a", "last without an end"])
-    assert (total.documents, total.empty_documents) == (2, 3)
-
-
-@pytest.mark.parametrize("lines", [[], ["", " "]])
-def test_no_text_at_all_is_refused_and_leaves_nothing(tmp_path, tokenizer, lines):
-    path = write_lines(tmp_path / "blank.txt", lines)
-    with pytest.raises(DataError, match=r"no text in blank\.txt: \d empty and 0 bad"):
-        build(tmp_path / "out", tokenizer, path)
-    assert not (tmp_path / "out").exists()
-
-
-def test_files_that_are_no_text_files_are_refused(tmp_path, tokenizer):
-    for name, remedy in {"a.csv": "jsonl", "a.zip": "Unpack", "a.txt.zst": "Unpack"}.items():
-        (tmp_path / name).write_text("a,b")
-        with pytest.raises(DataError, match=remedy):
-            file_source(tmp_path / name)
-    with pytest.raises(DataError, match=r"absent\.txt does not exist"):
-        file_source(tmp_path / "absent.txt")
-    with pytest.raises(DataError, match="is a folder"):
-        file_source(tmp_path)
-
-
-def test_a_file_cut_off_is_named(tmp_path, tokenizer):
-    path = packed(write_lines(tmp_path / "a.txt"), gzip)
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(DataError, match=r"Cannot read .*a\.txt\.gz"):
-        build(tmp_path / "out", tokenizer, path)
-    broken = tmp_path / "a.parquet"
-    broken.write_bytes(b"PAR1 nothing")
-    with pytest.raises(DataError, match=r"a\.parquet"):
-        build(tmp_path / "out", tokenizer, broken)
-
-
-def test_a_line_without_an_end_is_refused(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(text_sources, "LONGEST_LINE", 100)
-    path = write_lines(tmp_path / "a.txt", ["short", "x" * 200])
-    with pytest.raises(DataError, match=r"Line 2 of a\.txt is longer"):
-        build(tmp_path / "out", tokenizer, path)

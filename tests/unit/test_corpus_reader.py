@@ -16,7 +16,6 @@ from softprompt_dist.data.lm.corpus import (
     parse_repeats,
     part_name,
 )
-from softprompt_dist.data.lm.token_source import TokensInMemory
 from softprompt_dist.errors import DataError
 from tests.corpora import (
     LINES,
@@ -24,15 +23,10 @@ from tests.corpora import (
     contents,
     documents_in,
     ids_of,
-    tiny_t5,
     word_tokenizer,
     write_lines,
 )
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_t5()
+from tests.lm_corpora import corpus_of
 
 
 @pytest.fixture(scope="module")
@@ -47,17 +41,10 @@ def damaged(built, tmp_path):
     return shutil.copytree(built, tmp_path / "damaged")
 
 
-def in_memory(documents):
-    lengths = [len(ids) for ids in documents]
-    return TokensInMemory(
-        np.array([i for ids in documents for i in ids]), np.concatenate([[0], np.cumsum(lengths)])
-    )
-
-
-def test_any_stretch_is_what_it_would_be_in_memory(built, tokenizer, tmp_path):
+def test_any_stretch_is_what_it_would_be_corpus_of(built, tokenizer, tmp_path):
     other = write_lines(tmp_path / "b.txt", LINES[3:9])
     source = open_corpus([f"{built}*2", str(other)], tokenizer, tmp_path / "cache")
-    expected = in_memory(ids_of(tokenizer, [*LINES, *LINES, *LINES[3:9]]))
+    expected = corpus_of(ids_of(tokenizer, [*LINES, *LINES, *LINES[3:9]]))
     assert (source.num_tokens, source.num_documents) == (
         expected.num_tokens,
         expected.num_documents,

@@ -31,11 +31,6 @@ AWKWARD = [
 ]
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_t5()
-
-
 def encoded(spec, texts):
     token_ids, lengths = spec.encoder()(texts)
     assert token_ids.dtype == spec.dtype
