@@ -15,6 +15,7 @@ from softprompt_dist.backbone.load import load_backbone
 from softprompt_dist.config import BackboneConfig
 from softprompt_dist.data.batching import TokenBatch
 from softprompt_dist.planning.models import find_architecture
+from tests.autograd import bytes_kept
 from tests.models import save_model
 
 WORK = Workload(micro_batch=2, prompt_length=8, input_length=56, target_length=4)
@@ -56,23 +57,15 @@ def kept_for_backward(folder: Path, checkpointing: str) -> int:
     section = {"path": str(folder), "sharding": "replicated", "dtype": "fp32"}
     section["activation_checkpointing"] = checkpointing
     backbone = load_backbone(BackboneConfig.model_validate(section))
-    weights = {t.untyped_storage().data_ptr() for _, t in backbone.held_tensors()}
-    kept: dict[int, torch.Tensor] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
     ids_BS = torch.ones(WORK.micro_batch, WORK.input_length, dtype=torch.long)
     mask_BS = torch.ones_like(ids_BS)
     mask_BS[0, -9:] = 0
     ids_BT = torch.ones(WORK.micro_batch, WORK.target_length, dtype=torch.long)
     batch = TokenBatch(ids_BS, mask_BS, ids_BT, torch.ones_like(ids_BT))
     prompt_PD = torch.randn(WORK.prompt_length, backbone.d_model, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        logits_BTV = backbone(prompt_PD.expand(WORK.micro_batch, -1, -1), batch)
-    assert logits_BTV.requires_grad
-    return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights)
+    rows_BPD = prompt_PD.expand(WORK.micro_batch, -1, -1)
+    weights = (tensor for _, tensor in backbone.held_tensors())
+    return bytes_kept(lambda: backbone(rows_BPD, batch), weights)
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "every_2", "full"])

@@ -22,6 +22,7 @@ from softprompt_dist.planning.adaptation_activations import (
     activation_bytes,
     kept_bytes,
 )
+from tests.autograd import bytes_kept
 
 ROWS, INPUTS, TARGETS = 2, 48, 36
 
@@ -87,21 +88,14 @@ def packed_rows() -> RowBatch:
 
 def kept_for_backward(model: nn.Module, numbers: Numbers) -> int:
     """Bytes of all storages that a forward pass leaves with autograd, weights and casts apart."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    shapes = {shape for p in model.parameters() for shape in (p.shape, p.shape[::-1])}
-    kept: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.shape not in shapes or tensor.dim() < 2:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with (
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16, enabled=numbers.casts),
-    ):
-        assert model.logits(packed_rows()).requires_grad
-    return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights)
+    parameters = list(model.parameters())
+    shapes = {shape for p in parameters for shape in (p.shape, p.shape[::-1])}
+    with torch.autocast("cpu", torch.bfloat16, enabled=numbers.casts):
+        return bytes_kept(
+            lambda: model.logits(packed_rows()),
+            parameters,
+            lambda tensor: tensor.shape not in shapes or tensor.dim() < 2,
+        )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "recomputed"])

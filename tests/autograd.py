@@ -1,0 +1,27 @@
+"""What a forward pass leaves with autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+
+def bytes_kept(
+    forward: Callable[[], Tensor],
+    weights: Iterable[Tensor],
+    counts: Callable[[Tensor], bool] = lambda tensor: True,
+) -> int:
+    """Bytes of all storages that are kept for the backward pass and count, weights apart."""
+    of_weights = {weight.untyped_storage().data_ptr() for weight in weights}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if counts(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        assert forward().requires_grad
+    return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in of_weights)
