@@ -15,6 +15,7 @@ from torch import Tensor
 import softprompt_dist
 from softprompt_dist.adapt_config import AdaptConfig
 from softprompt_dist.adaptation import peak, session
+from softprompt_dist.adaptation.run import AdaptationRun, build_run, start
 
 TOKENIZER = Path(softprompt_dist.__file__).parent / "assets" / "tiny-t5"
 ARCHITECTURE = {
@@ -68,6 +69,33 @@ def write_recipe(folder: Path, values: Mapping[str, Any]) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(dict(values), sort_keys=False))
     return path
+
+
+def started(config: AdaptConfig) -> AdaptationRun:
+    """A run before its first step."""
+    run = build_run(config, None)
+    start(run)
+    return run
+
+
+def updates(run: AdaptationRun, count: int) -> list[dict[str, float]]:
+    """Metrics of the next steps."""
+    with run.batches() as batches:
+        return [run.update(next(batches)) for _ in range(count)]
+
+
+def weights_of(run: AdaptationRun) -> dict[str, Tensor]:
+    """Of a world of one, where every tensor is in one piece."""
+    return {
+        name: tensor.pieces[0].values.clone()
+        for name, tensor in run.engine.layout.weights().items()
+    }
+
+
+def assert_same(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """To the last bit."""
+    assert tensors.keys() == expected.keys()
+    assert [name for name in expected if not tensors[name].equal(expected[name])] == []
 
 
 def exported(run_dir: Path, name: str = "export") -> dict[str, Tensor]:

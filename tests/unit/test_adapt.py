@@ -1,9 +1,6 @@
 """A whole adaptation in this process: what it learns, leaves behind, and continues from."""
 
 import json
-import os
-import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -13,53 +10,17 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 
 from softprompt_dist import adapt
 from softprompt_dist.adaptation import model as adaptation_model
-from softprompt_dist.adaptation import run as adaptation_run
 from softprompt_dist.adaptation import session
-from softprompt_dist.adaptation.run import build_run, start
-from softprompt_dist.config import TuneConfig
-from softprompt_dist.errors import BackboneError, CheckpointError, ConfigError, NonFiniteLossError
-from softprompt_dist.parallel.join import join_world
-from softprompt_dist.recipe import load_recipe
-from softprompt_dist.run import session as tuning_session
+from softprompt_dist.adaptation.curves import draw_curves
+from softprompt_dist.adaptation.run import build_run
+from softprompt_dist.errors import BackboneError, ConfigError, NonFiniteLossError
 from tests import adaptations
-from tests.damage import flip_bit, truncate
+from tests.adaptations import assert_same, started, updates, weights_of
 
 OPTIMIZERS = ("adafactor", "rms_scaled_adamw", "adamw")
 
 
-@pytest.fixture(autouse=True)
-def world(lone_process, tmp_path, monkeypatch):
-    adaptations.make_quick(monkeypatch, tmp_path / "cache")
-    join_world()
-
-
-@pytest.fixture
-def make_config(tmp_path):
-    return lambda run="run", **changes: adaptations.config_of(tmp_path, run, **changes)
-
-
-def started(config):
-    run = build_run(config, None)
-    start(run)
-    return run
-
-
-def updates(run, count):
-    with run.batches() as batches:
-        return [run.update(next(batches)) for _ in range(count)]
-
-
-def weights_of(run):
-    """Of a world of one, where every tensor is in one piece."""
-    return {
-        name: tensor.pieces[0].values.clone()
-        for name, tensor in run.engine.layout.weights().items()
-    }
-
-
-def assert_same(tensors, expected):
-    assert tensors.keys() == expected.keys()
-    assert [name for name in expected if not tensors[name].equal(expected[name])] == []
+pytestmark = pytest.mark.usefixtures("world_of_adaptations")
 
 
 @pytest.mark.parametrize("objective", ["span_corruption", "prefix_lm"])
@@ -92,106 +53,6 @@ def test_micro_batches_do_not_change_the_update(make_config, objective):
             assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
         for name, expected in weights.items():
             torch.testing.assert_close(same[name], expected, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"optimizer": "adafactor", "dropout": 0.1},
-        {"optimizer": "rms_scaled_adamw", "decay_steps": 3},
-        {"optimizer": "adamw", "engine": {"zero_stage": 2}},
-        {"optimizer": "adafactor", "engine": {"zero_stage": 3}, "dtype": "bf16"},
-    ],
-    ids=str,
-)
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(make_config, settings):
-    whole = make_config("whole", **settings)
-    session.adapt(whole)
-    killed = make_config("killed", **settings)
-    kept = adaptations.checkpoint(killed.run_directory, 2)
-    shutil.copytree(adaptations.checkpoint(whole.run_directory, 2), kept)
-    session.adapt(killed, must_resume=True)
-    ours, theirs = killed.run_directory, whole.run_directory
-    tensors = adaptations.checkpoint_tensors(theirs, 4)
-    assert_same(adaptations.checkpoint_tensors(ours, 4), tensors)
-    assert adaptations.checkpoint_state(ours, 4) == adaptations.checkpoint_state(theirs, 4)
-    assert_same(adaptations.exported(ours), adaptations.exported(theirs))
-    before = adaptations.checkpoint_tensors(theirs, 2)
-    assert any(not tensors[name].equal(before[name]) for name in before)
-
-
-FACTORED = adaptations.ARCHITECTURE | {"d_model": 128, "d_ff": 128}
-
-
-@pytest.mark.parametrize(
-    ("damage", "file"), [(truncate, "model.safetensors"), (flip_bit, "small.safetensors")]
-)
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(make_config, damage, file, caplog):
-    config = make_config(optimizer="adafactor", architecture=FACTORED)
-    session.adapt(config)
-    expected = adaptations.exported(config.run_directory)
-    shutil.rmtree(Path(config.run_directory) / "export")
-    damage(adaptations.checkpoint(config.run_directory, 4) / file)
-    session.adapt(config, must_resume=True)
-    assert "corrupt-step-00000004" in caplog.text
-    assert_same(adaptations.exported(config.run_directory), expected)
-
-
-def test_a_checkpoint_of_another_recipe_or_corpus_is_refused(make_config, tmp_path):
-    session.adapt(make_config(steps=3))
-    with pytest.raises(CheckpointError, match=r"learning_rate: saved 0.02, now 0.5.*--fresh"):
-        session.adapt(make_config(learning_rate=0.5))
-    other = tmp_path / "other.txt"
-    other.write_text("Quite another text that is long enough for a piece of some length. \n" * 20)
-    with pytest.raises(CheckpointError, match="corpus fingerprint: saved"):
-        session.adapt(make_config(corpus=[str(other)]))
-
-
-def test_what_does_not_change_the_result_may_change(make_config, tmp_path):
-    session.adapt(make_config(steps=3))
-    shutil.move(tmp_path / "run" / "export", tmp_path / "earlier")
-    moved = shutil.copy(tmp_path / "text.txt", tmp_path / "moved.txt")
-    changed = make_config(
-        corpus=[str(moved)],
-        batch={"global_batch_size": 12, "micro_batch_size": 4},
-        engine={"zero_stage": 2},
-        checkpoint={"every_steps": 2, "keep_last": 9},
-    )
-    session.adapt(changed, must_resume=True)
-    assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == [
-        "step-00000002", "step-00000003", "step-00000004"
-    ]  # fmt: skip
-
-
-def test_fresh_sets_the_old_run_aside(make_config, tmp_path):
-    session.adapt(make_config(steps=3))
-    shutil.rmtree(tmp_path / "run" / "export")
-    session.adapt(make_config(steps=3, learning_rate=0.5), fresh=True)
-    names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
-    steps = {"step-00000002", "step-00000003"}
-    assert names == steps | {f"discarded-{name}" for name in steps}
-
-
-def test_a_request_to_stop_saves_and_the_same_command_continues(make_config, monkeypatch):
-    def update_and_be_warned(run, batches):
-        if run.step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return update(run, batches)
-
-    update = adaptation_run.AdaptationRun.update
-    before = signal.getsignal(signal.SIGTERM)
-    config = make_config(checkpoint={"every_steps": 100, "keep_last": 1})
-    with monkeypatch.context() as patched:
-        patched.setattr(adaptation_run.AdaptationRun, "update", update_and_be_warned)
-        session.adapt(config)
-    folder = Path(config.run_directory)
-    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-00000002"]
-    assert not (folder / "export").exists()
-    assert signal.getsignal(signal.SIGTERM) is before
-    session.adapt(config, must_resume=True)
-    undisturbed = make_config("undisturbed")
-    session.adapt(undisturbed)
-    assert_same(adaptations.exported(folder), adaptations.exported(undisturbed.run_directory))
 
 
 def token_loss_without_gradient(*arguments, **settings):
@@ -240,6 +101,7 @@ def test_exports_at_steps_and_in_dtypes_are_the_weights_of_those_steps(make_conf
         weights = adaptations.checkpoint_tensors(config.run_directory, step)
         for suffix, dtype in (("", torch.float32), ("-bf16", torch.bfloat16)):
             found = adaptations.exported(config.run_directory, name + suffix)
+            assert len(found) > 20
             for key, tensor in found.items():
                 assert tensor.equal(weights[key].to(dtype)), key
 
@@ -303,7 +165,8 @@ def metrics_of(config):
     return [json.loads(line) for line in (Path(config.run_directory) / "metrics.jsonl").open()]
 
 
-def test_every_step_and_measurement_is_on_record(make_config):
+def test_every_step_and_measurement_is_on_record(make_config, monkeypatch):
+    monkeypatch.setattr(session, "draw_curves", draw_curves)
     config = make_config(validation_corpus=make_config().corpus, z_loss=1e-2)
     session.adapt(config)
     trained = [line for line in metrics_of(config) if "gradient_norm" in line]
@@ -318,6 +181,7 @@ def test_every_step_and_measurement_is_on_record(make_config):
         assert line["num_tokens"] > 0
     assert {"prefix_lm_nll", "sentinel_leak"} <= measured[0].keys()
     assert (Path(config.run_directory) / "config.yaml").is_file()
+    assert (Path(config.run_directory) / "plots" / "adaptation.png").is_file()
 
 
 @pytest.mark.parametrize("max_examples", [1, 3])
@@ -357,14 +221,6 @@ def test_an_adaptation_begins_with_the_weights_of_its_backbone(make_config):
             update={"engine": second.engine.model_copy(update={"zero_stage": stage})}
         )
         assert_same(weights_of(started(changed)), expected)
-
-
-def test_tuning_does_not_continue_an_adaptation(make_config, tiny_recipe):
-    config = make_config(steps=1)
-    session.adapt(config)
-    tuning = load_recipe(TuneConfig, tiny_recipe, [f"run_directory={config.run_directory}"])
-    with pytest.raises(CheckpointError, match=r"step 1 belongs to another run(.|\n)*--fresh"):
-        tuning_session.train(tuning)
 
 
 def test_a_backbone_that_lacks_a_weight_is_refused(make_config, tmp_path):

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from softprompt_dist import adapt
 from tests import adaptations
+from tests.corpora import contents
 from tests.messages import assert_message
 
 pytestmark = pytest.mark.usefixtures("lone_process")
@@ -25,10 +26,10 @@ def refused(said, tmp_path):
 
     def outcome(*arguments, **changes):
         run_dir = tmp_path / "run"
-        before = files_below(run_dir)
+        before = contents(run_dir)
         recipe = adaptations.write_recipe(tmp_path, adaptations.recipe_values(tmp_path, **changes))
         found = said(adapt.main, "--recipe", recipe, "--run-dir", run_dir, *arguments)
-        assert files_below(run_dir) == before
+        assert contents(run_dir) == before
         return found
 
     return outcome
@@ -41,14 +42,6 @@ def finished(said, tmp_path):
     recipe = adaptations.write_recipe(tmp_path, values)
     assert said(adapt.main, "--recipe", recipe, "--run-dir", tmp_path / "run")[0] == 0
     return tmp_path / "run"
-
-
-def files_below(folder):
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 @pytest.mark.parametrize(

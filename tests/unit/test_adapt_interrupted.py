@@ -11,21 +11,12 @@ from softprompt_dist import adapt
 from softprompt_dist.adapt_stages import load_stages
 from softprompt_dist.adaptation import run as adaptation_run
 from softprompt_dist.adaptation import session
-from softprompt_dist.adaptation.run import build_run, start
+from softprompt_dist.adaptation.run import build_run
 from softprompt_dist.errors import BackboneError, ConfigError, DataError
-from softprompt_dist.parallel.join import join_world
 from tests import adaptations
+from tests.adaptations import started, updates
 
-
-@pytest.fixture(autouse=True)
-def world(lone_process, tmp_path, monkeypatch):
-    monkeypatch.setenv("SOFTPROMPT_CACHE", str(tmp_path / "cache"))
-    join_world()
-
-
-@pytest.fixture
-def make_config(tmp_path):
-    return lambda run="run", **changes: adaptations.config_of(tmp_path, run, **changes)
+pytestmark = pytest.mark.usefixtures("world_of_adaptations")
 
 
 def test_an_export_that_a_kill_prevented_is_made_by_the_resume(make_config, tmp_path):
@@ -98,7 +89,7 @@ def test_an_export_needs_a_folder(folder):
 def test_dropout_is_drawn_by_the_seed(make_config):
     def drawn(seed):
         torch.rand(7)  # whatever went before
-        start(build_run(make_config(seed=seed), None))
+        started(make_config(seed=seed))
         return torch.rand(3)
 
     assert torch.equal(drawn(1), drawn(1))
@@ -109,10 +100,8 @@ def test_the_loss_is_divided_by_the_positions_that_rows_have(make_config):
     """Clipping and Adam's epsilon see it, so room for targets that is not used must not."""
     norms = []
     for room in (16, 64):
-        run = build_run(make_config(targets_length=room), None)
-        start(run)
-        with run.batches() as batches:
-            norms.append(run.update(next(batches))["gradient_norm"])
+        (metrics,) = updates(started(make_config(targets_length=room)), 1)
+        norms.append(metrics["gradient_norm"])
     assert norms[0] == pytest.approx(norms[1], rel=1e-6)
 
 
