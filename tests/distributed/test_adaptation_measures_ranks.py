@@ -9,6 +9,8 @@ from softprompt_dist.parallel import ranks
 
 FIRST_IDS = (1, 9, 3, 9, 5)
 """What is predicted at the beginning of each of five rows; 9 is a sentinel."""
+DEALS = [((1, 3, 5), (9, 9)), ((), (1, 9, 3, 9, 5))]
+"""What each of two ranks has of them."""
 
 
 def row(first_id):
@@ -56,12 +58,16 @@ def measured_on_this_rank(shares):
     return {**found, "num_calls": model.num_calls}
 
 
-@pytest.mark.parametrize("shares", [((1, 3, 5), (9, 9)), ((), (1, 9, 3, 9, 5))])
-def test_uneven_shares_give_what_one_rank_measures(run_on_ranks, shares):
+def measured_of_each(deals):
+    return [measured_on_this_rank(shares) for shares in deals]
+
+
+def test_uneven_shares_give_what_one_rank_measures(run_on_ranks):
     alone = measured_on_this_rank([FIRST_IDS])
-    first, second = run_on_ranks(measured_on_this_rank, 2, shares=shares)
-    assert first == second
-    assert first.pop("num_calls") == 2 * max(map(len, shares))
     assert alone.pop("num_calls") == 2 * len(FIRST_IDS)
-    assert first == pytest.approx(alone, rel=1e-12)
-    assert first["sentinel_leak"] == 40.0
+    said = run_on_ranks(measured_of_each, 2, deals=DEALS)
+    for shares, first, second in zip(DEALS, *said, strict=True):
+        assert first == second
+        assert first.pop("num_calls") == 2 * max(map(len, shares))
+        assert first == pytest.approx(alone, rel=1e-12)
+        assert first["sentinel_leak"] == 40.0

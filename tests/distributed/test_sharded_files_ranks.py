@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -153,18 +154,40 @@ def read(folder):
     }
 
 
-def find(folder, is_shared):
+def flip_last_bit(path):
+    """The bytes before."""
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    return whole
+
+
+def find(folder):
+    """What is found where rank 1 does not see the files, and after damage to one or another."""
+
     def not_there(path):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
 
-    if not is_shared and ranks.rank() == 1:
-        verification.digest_of_file = not_there
+    folder = Path(folder)
     store = AdaptationCheckpointStore(folder, keep_last=2)
-    try:
-        found = store.newest()
-    except CheckpointError as error:
-        return str(error)
-    return found.step
+    digest_of_file = verification.digest_of_file
+    if ranks.rank() == 1:
+        verification.digest_of_file = not_there
+    error = error_of(store.newest)
+    verification.digest_of_file = digest_of_file
+    newest = folder / f"step-{STEP:08d}"
+    is_left = newest.exists()
+    ranks.gather_objects(None)
+    steps = []
+    for name in ("model-00001-of-00003.safetensors", "small.safetensors"):
+        whole = ranks.on_main(partial(flip_last_bit, newest / name))
+        steps.append(store.newest().step)
+        ranks.on_main(lambda: (folder / f"corrupt-{newest.name}").rename(newest) and None)
+        ranks.on_main(partial((newest / name).write_bytes, whole))
+    return {"error": error, "is_left": is_left, "steps": steps}
+
+
+def read_and_find(folder):
+    return {"read": read(folder), "found": find(f"{folder}/checkpoints")}
 
 
 @pytest.fixture(scope="module")
@@ -209,10 +232,16 @@ def test_a_disk_that_is_full_for_rank_0_is_an_error_on_all_ranks(written, call):
     assert names == ["step-00000020", f"step-{STEP:08d}"]
 
 
+@pytest.fixture(scope="module")
+def two_ranks(written, run_functions):
+    return run_functions(read_and_find, 2, folder=written[0])
+
+
 @pytest.mark.parametrize("world_size", [2, 1])
-def test_another_number_of_ranks_reads_it(written, run_functions, world_size):
+def test_another_number_of_ranks_reads_it(written, two_ranks, monkeypatch, world_size):
     folder, writers = written
-    outputs = run_functions(read, world_size, folder=folder)
+    monkeypatch.setattr(sharded_files, "CHUNK_BYTES", 0)  # so that what `read` sets is undone
+    outputs = [said["read"] for said in two_ranks] if world_size == 2 else [read(folder)]
     for output in outputs:
         assert output["right"]
         assert output["step"] == STEP
@@ -221,21 +250,16 @@ def test_another_number_of_ranks_reads_it(written, run_functions, world_size):
         assert output["rng"] not in [writer["rng"] for writer in writers]
 
 
-def test_a_node_without_the_folder_stops_all_and_damage_that_one_rank_finds_counts_for_all(
-    written, run_functions
-):
-    folder = written[0] / "checkpoints"
-    first, second = run_functions(find, 2, folder=folder, is_shared=False)
-    assert first == second
-    assert "not for rank 1 on" in first
-    assert "shared file system" in first
-    assert (folder / f"step-{STEP:08d}").exists()
+def test_a_node_without_the_folder_stops_all_and_sets_nothing_aside(two_ranks):
+    first, second = (said["found"] for said in two_ranks)
+    assert first["error"] == second["error"]
+    kind, message, _ = first["error"]
+    assert kind == "CheckpointError"
+    assert "not for rank 1 on" in message
+    assert "shared file system" in message
+    assert first["is_left"]
+    assert second["is_left"]
 
-    newest = folder / f"step-{STEP:08d}"
-    for name in ("model-00001-of-00003.safetensors", "small.safetensors"):
-        path = newest / name
-        whole = path.read_bytes()
-        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-        assert run_functions(find, 2, folder=folder, is_shared=True) == [20, 20]
-        (folder / f"corrupt-step-{STEP:08d}").rename(newest)
-        path.write_bytes(whole)
+
+def test_damage_that_one_rank_finds_counts_for_all(two_ranks):
+    assert [said["found"]["steps"] for said in two_ranks] == [[20, 20], [20, 20]]
