@@ -21,10 +21,13 @@ def our_run(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     join_world()
     from softprompt_dist.config import TuneConfig
+    from softprompt_dist.lifecycle.attempt import Attempt
+    from softprompt_dist.lifecycle.vitals import Vitals
     from softprompt_dist.parallel import ranks
     from softprompt_dist.run.directory import RunDirectory
     from softprompt_dist.run.journal import Journal
-    from softprompt_dist.run.loop import restore, tune
+    from softprompt_dist.run.loop import Records, tune
+    from softprompt_dist.run.saved_state import restore
     from softprompt_dist.run.tuning import build_tuning_run
 
     losses: list[float] = []
@@ -49,10 +52,14 @@ def our_run(settings: Mapping[str, Any]) -> dict[str, Any]:
         run.optimizer.step = clock.timed("optimizer", run.optimizer.step)  # type: ignore[method-assign]
         directory = RunDirectory(ranks.broadcast_object(name))
         directory.create()
-        with TimedJournal(directory, config.steps) as journal:
+        with (
+            Attempt(directory.path, config.health, {}) as attempt,
+            TimedJournal(directory, config.steps) as journal,
+        ):
             state = restore(run, None)
+            vitals = Vitals(attempt, journal.say)
             clock.start()
-            tune(run, state, directory, journal)
+            tune(run, state, Records(directory, journal, attempt, vitals))
         torch.distributed.barrier()  # rank 0's folder goes last
     answer = _answer(clock, peak, losses, settings)
     leave_world()

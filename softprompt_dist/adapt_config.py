@@ -6,7 +6,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from softprompt_dist.section import BatchConfig, CheckpointConfig, NotNegative, Positive, Section
+from softprompt_dist.names import Name
+from softprompt_dist.section import (
+    BatchConfig,
+    CheckpointConfig,
+    HealthConfig,
+    NotNegative,
+    Positive,
+    Section,
+)
 
 
 class ArchitectureConfig(Section):
@@ -62,7 +70,7 @@ class ExportConfig(Section):
 class AdaptConfig(Section):
     """Everything `softprompt adapt` needs: all weights of a language model, on plain text."""
 
-    name: str = Field(default="adapt", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    name: Name = "adapt"
     run_directory: str | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     steps: Positive = 100000
@@ -118,6 +126,7 @@ class AdaptConfig(Section):
     evaluation: AdaptEvaluationConfig = AdaptEvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     export: ExportConfig = ExportConfig()
+    health: HealthConfig = HealthConfig()
 
     @model_validator(mode="after")
     def _check_rate(self) -> AdaptConfig:

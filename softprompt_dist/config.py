@@ -6,12 +6,19 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from softprompt_dist.section import BatchConfig, CheckpointConfig, NotNegative, Positive, Section
+from softprompt_dist.names import Name, name_of
+from softprompt_dist.section import (
+    BatchConfig,
+    CheckpointConfig,
+    HealthConfig,
+    NotNegative,
+    Positive,
+    Section,
+)
 from softprompt_dist.task_config import (
     MixtureConfig,
     TaskConfig,
     TransferConfig,
-    folder_name,
 )
 
 
@@ -149,7 +156,7 @@ class EvaluationConfig(Section):
 class TuneConfig(Section):
     """Everything `softprompt train` needs. Saved to the run directory as `config.yaml`."""
 
-    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    name: Name = "run"
     run_directory: str | None = None
     """Default: runs/<name>."""
     seed: NotNegative = 0
@@ -168,6 +175,7 @@ class TuneConfig(Section):
     batch: TuningBatchConfig = TuningBatchConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    health: HealthConfig = HealthConfig()
 
     @model_validator(mode="after")
     def _check_sections_agree(self) -> TuneConfig:
@@ -218,7 +226,7 @@ class TuneConfig(Section):
         scored += [(f"transfer.{i}.task", t.task, t.split) for i, t in enumerate(self.transfer)]
         for place, (key, task, split) in enumerate(scored):
             for earlier_key, earlier, earlier_split in scored[:place]:
-                if folder_name(task.name) != folder_name(earlier.name):
+                if name_of(task.name) != name_of(earlier.name):
                     continue
                 if task != earlier or split == earlier_split:
                     raise ValueError(

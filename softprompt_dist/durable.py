@@ -81,17 +81,23 @@ def write_file(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes, *, flush: bool = True) -> None:
     """Give `path` the new `content`; a reader sees the old file or the new one, whole.
+
+    Without `flush` a crash of the machine, but not of the process, may bring the old one back.
 
     Raises:
         OSError: as `write_file`; the old file is then untouched.
     """
     temporary = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex}")
     try:
-        write_file(temporary, content)
+        if flush:
+            write_file(temporary, content)
+        else:
+            temporary.write_bytes(content)
         os.replace(temporary, path)
-        flush_folder(path.parent)
+        if flush:
+            flush_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

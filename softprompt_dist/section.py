@@ -6,14 +6,17 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Positive = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[int, Field(ge=0)]
+_LIMIT = 2**63
+Positive = Annotated[int, Field(ge=1, lt=_LIMIT)]
+NotNegative = Annotated[int, Field(ge=0, lt=_LIMIT)]
 
 
 class Section(BaseModel):
-    """A frozen group of settings that refuses unknown keys."""
+    """A frozen group of settings that refuses unknown keys, NaN and infinite numbers."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class BatchConfig(Section):
@@ -28,3 +31,20 @@ class CheckpointConfig(Section):
 
     every_steps: Positive = 1000
     keep_last: Positive = 3
+
+
+class HealthConfig(Section):
+    """How a run notices that something is wrong with it; none of it changes what is learned."""
+
+    step_timeout_seconds: Annotated[float, Field(gt=0)] = 240.0
+    """A rank that computes no micro-batch for so long is taken for hung: all ranks write their
+    stacks and end. Below Slurm's own limit for lost nodes (SlurmdTimeout, 300)."""
+    slow_timeout_seconds: Annotated[float, Field(gt=0)] = 7200.0
+    """The same for what takes longer: loading, the first step, saving."""
+    heartbeat_seconds: Annotated[float, Field(gt=0)] = 5.0
+    """How often `heartbeat.json` says that the run is alive."""
+    spike_sigmas: Annotated[float, Field(gt=0)] = 6.0
+    """A loss so many standard deviations above the mean of the last `spike_window` is flagged."""
+    spike_window: Annotated[int, Field(ge=16)] = 128
+    straggler_ratio: Annotated[float, Field(gt=1)] = 1.5
+    """A rank whose steps take so many times the median rank's is named."""

@@ -6,7 +6,10 @@ deepspeed --num_gpus 8 -m softprompt_dist.train --recipe t5-xxl-superglue-boolq
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
+from softprompt_dist.lifecycle.ownership import begin_in
+from softprompt_dist.parallel import stop
 from softprompt_dist.parallel.verb import VerbParser, run_verb
 from softprompt_dist.recipe import to_yaml
 from softprompt_dist.run.options import tune_config
@@ -26,6 +29,7 @@ def build_parser() -> VerbParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the verb; see `build_parser`."""
+    stop.listen()  # before anything slow: a cluster may take the machine back while we load
     options = build_parser().parse_args(argv)
     if options.steps is not None:
         options.overrides.append(f"steps={options.steps}")
@@ -43,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if without_recipe and ranks.is_main():
         print(f"No --recipe given: running the {DEMO_RECIPE!r} recipe.", flush=True)
+    begin_in(Path(str(config.run_directory)))
     join_world(debug=options.debug)
     from softprompt_dist.run.session import train
 

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from softprompt_dist.errors import MachineError, SoftpromptError
-from softprompt_dist.parallel import ranks
+from softprompt_dist.parallel import ranks, stop
 from softprompt_dist.parallel.extensions import check_extension_can_be_had, choose_extensions_folder
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ def join_world(*, debug: bool = False) -> None:
     fill_rank_variables(os.environ)
     check_rank_variables(os.environ)
     on_gpu = ranks.device().type == "cuda"
+    is_compiling = False
     set_threads(os.environ)
     folder = choose_extensions_folder()
     if on_gpu:
@@ -56,10 +57,13 @@ def join_world(*, debug: bool = False) -> None:
         built = check_extension_can_be_had(folder, several_nodes=several_nodes)
         if not built and ranks.is_main():
             log.warning("Compiling DeepSpeed's CPU communication, once: about a minute.")
+        is_compiling = not built
     if not debug:
         _hush_libraries()
-    _init_deepspeed("nccl" if on_gpu else "gloo", debug=debug)
+    with stop.ends_while_waiting(unless=is_compiling):
+        _init_deepspeed("nccl" if on_gpu else "gloo", debug=debug)
     check_one_job(job_nonce(os.environ))
+    stop.end_here_if_asked("the ranks met")
 
 
 def leave_world() -> None:
@@ -70,6 +74,7 @@ def leave_world() -> None:
         _forget_groups()
     while _ON_LEAVING:
         _ON_LEAVING.pop()()
+    stop.forget()
 
 
 def _forget_groups() -> None:

@@ -10,13 +10,15 @@ import argparse
 import errno
 import os
 import re
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from softprompt_dist.errors import ConfigError, MachineError, SoftpromptError
+from softprompt_dist.errors import ConfigError, MachineError, SoftpromptError, StoppedError
+from softprompt_dist.outcome_files import of_batch_script, record_failure
 
 Main = Callable[[Sequence[str] | None], None]
 
@@ -39,12 +41,14 @@ class InterruptedByUserError(SoftpromptError):
     """The user pressed Ctrl-C."""
 
     exit_code = 130
+    outcome = "signal"
 
 
 class PeerLostError(SoftpromptError):
     """Another rank ended while this one was waiting for it."""
 
     exit_code = 1
+    outcome = "error"
 
 
 class VerbParser(argparse.ArgumentParser):
@@ -164,8 +168,9 @@ def run_verb(main: Main, argv: Sequence[str] | None = None) -> NoReturn:
         failure = _as_user_error(error)
         if failure is None:
             raise
+        record_failure(failure)  # before any rank leaves: its launcher ends the others
         _report(failure, traceback.format_exc() if debug else "")
-        _leave(failure.exit_code)
+        _leave(_exit_code(failure))
     if int(os.environ.get("WORLD_SIZE") or "1") > 1:
         # All is written and the ranks have parted. Gloo's threads can still abort the interpreter's
         # own teardown ("terminate called without an active exception"), which reads as failure.
@@ -193,6 +198,13 @@ def _as_user_error(error: BaseException) -> SoftpromptError | None:
     return None
 
 
+def _exit_code(failure: SoftpromptError) -> int:
+    """Of a run that was stopped: 0, for its files tell; of a verb without any, that of a signal."""
+    if isinstance(failure, StoppedError) and of_batch_script() is None:
+        return 128 + signal.SIGTERM
+    return failure.exit_code
+
+
 def _report(failure: SoftpromptError, trace: str) -> None:
     """Print at once on rank 0. Another rank prints only what rank 0 cannot know of."""
     prefix = ""
@@ -205,7 +217,10 @@ def _report(failure: SoftpromptError, trace: str) -> None:
     elif isinstance(failure, PeerLostError):
         time.sleep(_GRACE_SECONDS)
     sys.stdout.flush()
-    print(f"{trace}{prefix}error: {failure}", file=sys.stderr, flush=True)
+    if isinstance(failure, StoppedError):
+        print(f"{trace}Stopped: {failure}", flush=True)
+    else:
+        print(f"{trace}{prefix}error: {failure}", file=sys.stderr, flush=True)
     if failure.on_all_ranks and _world_is_up():
         _wait_for_main()
 

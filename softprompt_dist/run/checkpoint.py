@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from softprompt_dist.durable import write_file
+from softprompt_dist.lifecycle.attempt import Attempt
 from softprompt_dist.parallel import ranks
 from softprompt_dist.run.checkpoint_folder import (
     CheckpointFolder,
@@ -57,8 +58,8 @@ class Checkpoint:
 class CheckpointStore:
     """The checkpoints of one run in `folder`, of which the last `keep_last` are kept."""
 
-    def __init__(self, folder: str | Path, keep_last: int) -> None:
-        self._checkpoints = CheckpointFolder(Path(folder), keep_last)
+    def __init__(self, folder: str | Path, keep_last: int, attempt: Attempt | None = None) -> None:
+        self._checkpoints = CheckpointFolder(Path(folder), keep_last, attempt=attempt)
 
     @property
     def folder(self) -> Path:

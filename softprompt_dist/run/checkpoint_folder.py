@@ -21,6 +21,7 @@ from pathlib import Path
 
 from softprompt_dist.durable import flush_folder, free_bytes
 from softprompt_dist.errors import CheckpointError
+from softprompt_dist.lifecycle.attempt import Attempt
 from softprompt_dist.run.checkpoint_format import MANIFEST, InvalidCheckpointError
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,8 @@ class CheckpointFolder:
     path: Path
     keep_last: int
     keep_steps: Collection[int] = ()
+    attempt: Attempt | None = None
+    """Who publishes: only the run directory's owner may, and says which step is on the disk."""
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -75,8 +78,11 @@ class CheckpointFolder:
         Raises:
             OSError: it cannot be renamed.
             CheckpointError: it does not read back: `verify` raised InvalidCheckpointError.
+            SupersededError: a later attempt has taken the run directory over.
         """
         flush_folder(temporary)
+        if self.attempt is not None:
+            self.attempt.check_ours()
         temporary.rename(final)
         flush_folder(self.path)
         try:
@@ -87,6 +93,12 @@ class CheckpointFolder:
                 f"{final} does not read back as written: {reason}. It is kept as {aside.name}; "
                 "earlier checkpoints are intact. Check the disk, then resume."
             ) from reason
+        self._witness(final)
+
+    def _witness(self, final: Path) -> None:
+        match = _PUBLISHED.fullmatch(final.name)
+        if self.attempt is not None and match is not None:
+            self.attempt.saved(int(match[1]))
 
     def remove_older(self, step: int) -> None:
         """Keep the checkpoint of `step`, the ones before it that shall be kept, and all later."""

@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 
 from softprompt_dist.durable import replace_file
+from softprompt_dist.errors import MachineError
+from softprompt_dist.names import path_inside
 from softprompt_dist.parallel import ranks
 from softprompt_dist.prompt.module import SoftPrompt
 from softprompt_dist.run.directory import RunDirectory
@@ -14,7 +16,8 @@ from softprompt_dist.run.evaluation_report import EvaluationFiles, screen_text, 
 from softprompt_dist.run.journal import Journal
 from softprompt_dist.run.judgement import judge
 from softprompt_dist.run.learning_curve import plot_learning_curve
-from softprompt_dist.run.loop import TuningState, score_name, score_values
+from softprompt_dist.run.loop import score_name, score_values
+from softprompt_dist.run.saved_state import TuningState
 from softprompt_dist.run.transfer import Domain, transfer_table, write_transfer
 from softprompt_dist.run.tuning import TuningRun
 
@@ -83,7 +86,9 @@ def _write(
     write_evaluation(files, own.evaluation, own.judgement, {"Learning curve": curve})
     for domain in others:
         write_evaluation(
-            EvaluationFiles.below(directory.path / domain.folder),
+            EvaluationFiles.below(
+                path_inside(directory.path, *domain.folder.split("/"), error=MachineError)
+            ),
             domain.evaluation,
             domain.judgement,
         )

@@ -18,8 +18,9 @@ from softprompt_dist.backbone.base import Backbone
 from softprompt_dist.data.batching import TokenBatch, TokenExample, collate
 from softprompt_dist.data.bucketing import batches_by_length
 from softprompt_dist.data.detokenise import detokenise
+from softprompt_dist.lifecycle.watchdog import tick
 from softprompt_dist.metrics.answer_text import remove_first_sentinel
-from softprompt_dist.parallel import ranks
+from softprompt_dist.parallel import ranks, stop
 from softprompt_dist.prompt.module import SoftPrompt
 
 
@@ -142,12 +143,16 @@ class Scorer:
         )
 
     def _rounds(self, batches: Sequence[list[int]]) -> Iterator[tuple[list[int], bool]]:
-        """This rank's batches, and whether they count.
+        """This rank's batches, and whether they count; all ranks, in as many rounds.
+
+        A round is where a run that is asked to stop can end: nothing is half done.
 
         Under ZeRO-3 all ranks must reach every gather: one that has no batch left takes a single
         row along, whose prediction is thrown away.
         """
         for start in range(0, len(batches), ranks.world_size()):
+            tick()
+            stop.end_here_if_asked("scoring")
             own = start + ranks.rank()
             if own < len(batches):
                 yield batches[own], True
@@ -209,6 +214,7 @@ class Scorer:
         finished_B = torch.zeros(len(prompt_BPD), dtype=torch.bool, device=prompt_BPD.device)
         columns: list[Tensor] = []
         while True:
+            tick()
             next_B = reading.logits_BV.argmax(dim=-1).masked_fill(finished_B, eos_id)
             columns.append(next_B)
             finished_B = finished_B | (next_B == eos_id)

@@ -9,13 +9,19 @@ from typing import Any
 from softprompt_dist.backbone.fingerprint import assert_unchanged
 from softprompt_dist.config import TuneConfig
 from softprompt_dist.errors import CheckpointError
-from softprompt_dist.parallel import ranks
+from softprompt_dist.lifecycle.attempt import Attempt
+from softprompt_dist.lifecycle.vitals import Vitals
+from softprompt_dist.lifecycle.watchdog import doing
+from softprompt_dist.parallel import ranks, stop
 from softprompt_dist.recipe import to_yaml
+from softprompt_dist.run.checkpoint import Checkpoint
 from softprompt_dist.run.directory import RunDirectory
 from softprompt_dist.run.environment import describe_environment
 from softprompt_dist.run.journal import Journal
-from softprompt_dist.run.loop import checkpoint_store, publish_prompt, restore, tune, validate
+from softprompt_dist.run.loop import Records, publish_prompt, tune
+from softprompt_dist.run.metrics_file import points, read_metrics
 from softprompt_dist.run.outcome import record_untuned, report_outcome
+from softprompt_dist.run.saved_state import TuningState, checkpoint_store, restore
 from softprompt_dist.run.tuning import TuningRun, build_tuning_run
 
 
@@ -36,27 +42,59 @@ def train(
     """
     directory = RunDirectory(Path(str(config.run_directory)))
     directory.create()
-    store = checkpoint_store(config, directory)
-    if fresh:
-        store.discard_all()
-    checkpoint = store.load_newest()  # before any weight is read
-    if must_resume and checkpoint is None:
-        ranks.together(lambda: _refuse_to_start(directory))
-    run = build_tuning_run(config, ds_config)
-    state = restore(run, checkpoint)
+    facts = {"verb": "train", "name": config.name, "steps": config.steps}
+    with Attempt(directory.path, config.health, facts) as attempt:
+        with doing("loading", config.health.slow_timeout_seconds):
+            checkpoint = _find_checkpoint(config, directory, attempt, fresh, must_resume)
+            run = build_tuning_run(config, ds_config)
+            state = restore(run, checkpoint)
+        # Only once the checkpoint has been found to belong to this recipe.
+        directory.record(to_yaml(config), describe_environment(), _data_records(run))
+        with Journal(directory, config.steps, start_step=state.step) as journal:
+            losses = _earlier_losses(directory, config)
+            vitals = Vitals(attempt, journal.say, losses)
+            _tune(run, state, Records(directory, journal, attempt, vitals))
+
+
+def _tune(run: TuningRun, state: TuningState, records: Records) -> None:
+    """All ranks: from the state to the report."""
+    attempt, health = records.attempt, run.config.health
     if state.best_score is not None:
         # An attempt that was killed may have published a prompt of steps that are now redone.
-        ranks.on_main(lambda: publish_prompt(run, state, directory))
-    # Only once the checkpoint has been found to belong to this recipe.
-    directory.record(to_yaml(config), describe_environment(), _data_records(run))
-    with Journal(directory, config.steps, start_step=state.step) as journal:
-        journal.say(_headline(run, state.step))
-        if state.step == 0:
-            record_untuned(run, directory)
-            validate(run, state, directory, journal)
-        tune(run, state, directory, journal)
+        ranks.on_main(lambda: publish_prompt(run, state, records))
+    records.journal.say(_headline(run, state.step))
+    attempt.note(step=state.step)
+    if state.step == 0:
+        with doing("scoring the untuned prompt", health.slow_timeout_seconds):
+            record_untuned(run, records.directory)
+    tune(run, state, records)
+    with doing("scoring the result", health.slow_timeout_seconds):
         assert_unchanged(run.backbone, run.backbone_checksum)
-        report_outcome(run, state, directory, journal)
+        report_outcome(run, state, records.directory, records.journal)
+    attempt.finish(state.step)
+
+
+def _find_checkpoint(
+    config: TuneConfig, directory: RunDirectory, attempt: Attempt, fresh: bool, must_resume: bool
+) -> Checkpoint | None:
+    """All ranks: what the run continues from, before any weight is read."""
+    store = checkpoint_store(config, directory, attempt)
+    if fresh:
+        store.discard_all()
+        ranks.on_main(attempt.files.begin_anew)
+    checkpoint = store.load_newest()
+    if must_resume and checkpoint is None:
+        ranks.together(lambda: _refuse_to_start(directory))
+    step = checkpoint.step if checkpoint else 0
+    ranks.on_main(lambda: attempt.files.check_resumed(step))
+    stop.end_here_if_asked("reading the checkpoint")
+    return checkpoint
+
+
+def _earlier_losses(directory: RunDirectory, config: TuneConfig) -> list[float]:
+    """All ranks: what the earlier attempts logged of the latest steps."""
+    lines = ranks.on_main(lambda: read_metrics(directory.metrics))
+    return points(lines, "train", "loss")[1][-2 * config.health.spike_window :]
 
 
 def _refuse_to_start(directory: RunDirectory) -> None:

@@ -6,25 +6,38 @@ Axes: B batch, P prompt, D model width, T target tokens, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from softprompt_dist.backbone.base import Backbone
 from softprompt_dist.data.batching import TokenBatch
 from softprompt_dist.errors import NonFiniteLossError
+from softprompt_dist.lifecycle.watchdog import tick
 from softprompt_dist.parallel import ranks
 from softprompt_dist.prompt.module import SoftPrompt
 from softprompt_dist.run.loss import token_loss
 
 
 def accumulate_gradient(
-    backbone: Backbone, prompt: SoftPrompt, batches: Sequence[TokenBatch], z_loss: float
+    backbone: Backbone,
+    prompt: SoftPrompt,
+    batches: Sequence[TokenBatch],
+    z_loss: float,
+    *,
+    arrive: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """All ranks: put the gradient of the loss per token, over all ranks' batches, into the prompt.
 
     The loss is the sum over target tokens divided by their number over all ranks (not the mean of
     the ranks' means), so the gradient does not depend on how the global batch is dealt.
+
+    Args:
+        backbone: the frozen model.
+        prompt: what the gradient is of.
+        batches: this rank's micro-batches.
+        z_loss: weight of log(Z)^2.
+        arrive: called once this rank has done what it does without the others.
 
     Returns:
         `loss` (with z-loss) and `cross_entropy` per token in nats, `num_tokens`, `gradient_norm`.
@@ -34,12 +47,17 @@ def accumulate_gradient(
     """
     prompt.weight.grad = None
     sums = torch.zeros(3, dtype=torch.float64, device=prompt.weight.device)
+    if backbone.sharded:
+        arrive()
     for batch in batches:
         logits_BTV = backbone(prompt(len(batch.input_ids_BS), backbone.dtype), batch)
         loss = token_loss(logits_BTV, batch.labels_BT, z_loss=z_loss)
         loss.total.backward()
+        tick()
         sums += torch.stack([loss.total, loss.cross_entropy, loss.num_tokens]).detach().double()
     backbone.release()
+    if not backbone.sharded:
+        arrive()
     gradient_PD = prompt.weight.grad
     assert gradient_PD is not None
     ranks.all_reduce_sum(gradient_PD)

@@ -27,7 +27,7 @@ from softprompt_dist.data.bucketing import MicroBatchLimit, dealt, micro_batches
 from softprompt_dist.data.mixture import MixtureOrder, mixing_rates
 from softprompt_dist.data.sources import SPLITS
 from softprompt_dist.errors import ConfigError, DataError, InvariantError
-from softprompt_dist.parallel import ranks
+from softprompt_dist.parallel import ranks, stop
 from softprompt_dist.parallel.equality import assert_equal_on_all_ranks, assert_same_on_all_ranks
 from softprompt_dist.prompt.initialise import initialise_prompt
 from softprompt_dist.prompt.module import SoftPrompt
@@ -157,7 +157,9 @@ def build_bench(
     texts = _read_texts(config, splits, for_tuning=for_tuning)
     if for_tuning:
         ranks.together(lambda: assert_room(config, texts.folder, texts.tasks))
+    stop.end_here_if_asked("reading the rows")
     backbone = load_backbone(config.backbone, ds_config)
+    stop.end_here_if_asked("loading the backbone")
     assert_same_on_all_ranks(backbone.fingerprint, "The backbone's fingerprint")
     ranks.together(lambda: _check_positions(config, backbone, [*texts.tasks, *texts.transfers]))
     scorer = Scorer(backbone, texts.reader.tokenizer, config.evaluation.batch_tokens)

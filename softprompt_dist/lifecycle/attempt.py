@@ -1,0 +1,138 @@
+"""One attempt at a run: it owns the run directory, is alive, ends when asked, and says how."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from softprompt_dist.errors import SoftpromptError, StoppedError, SupersededError
+from softprompt_dist.lifecycle.heartbeat import Heartbeat
+from softprompt_dist.lifecycle.ownership import Ownership
+from softprompt_dist.lifecycle.watchdog import Watchdog, tick
+from softprompt_dist.outcome_files import OutcomeFiles
+from softprompt_dist.parallel import ranks, stop
+from softprompt_dist.section import HealthConfig
+
+_LOOK_SECONDS = 1.0
+"""How often rank 0 looks for a STOP file and a new owner."""
+
+
+class Attempt:
+    """All ranks make one and use it as a context manager, which ends with the attempt.
+
+    Raises:
+        DirectoryInUseError: on all ranks; another run is alive in `folder`.
+        StopFileError: on all ranks; there is a STOP file.
+    """
+
+    def __init__(self, folder: Path, health: HealthConfig, facts: dict[str, Any]) -> None:
+        self.files = OutcomeFiles(folder)
+        self.health = health
+        self._ownership = Ownership(folder)
+        ranks.on_main(self._begin)
+        job = self._ownership.owner
+        known = {"token": job.token, "host": job.host, "pid": job.pid, "job": job.job, **facts}
+        self._heartbeat = Heartbeat(folder, health.heartbeat_seconds, known)
+        self._watchdog = Watchdog(folder / "stacks")
+        self._looked = 0.0
+        self._found = (0, 0)
+
+    def __enter__(self) -> Attempt:
+        """Its heart beats, and it is watched."""
+        if ranks.is_main():
+            self._heartbeat.start()
+        self._watchdog.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Leave the directory to whoever comes next, with the reason why this attempt has ended."""
+        self._watchdog.stop()
+        if not ranks.is_main():
+            return
+        is_ours = not isinstance(error, SupersededError)
+        self._heartbeat.stop(last_beat=is_ours)
+        if is_ours and isinstance(error, SoftpromptError):
+            self.files.end(f"{error.outcome}: {error}")
+        self._ownership.release()
+
+    def note(self, **values: Any) -> None:
+        """What the heartbeat says from now on: `step`, `steps`, `loss`, `tokens_per_second`."""
+        tick()
+        self._heartbeat.note(**values)
+
+    def check_ours(self) -> None:
+        """Before anything is published; rank 0 only, no collective.
+
+        Raises:
+            SupersededError: a later attempt has taken over.
+        """
+        self._ownership.check()
+
+    def saved(self, step: int) -> None:
+        """A checkpoint of `step` is on the disk; rank 0 only, no collective."""
+        self.files.publish_step(step)
+
+    def finish(self, step: int) -> None:
+        """All ranks: the run is complete."""
+        ranks.on_main(lambda: self._finish(step))
+
+    def stop_wanted(self, failed: bool = False) -> str:
+        """All ranks: why the run must end at this boundary; empty if it need not.
+
+        Args:
+            failed: whether this rank knows of a failure that all must hear of: `"failure"` comes
+                back on every rank.
+
+        Raises:
+            SupersededError: on all ranks; a later attempt has taken over.
+        """
+        found = [stop.wanted(), *self._look(), int(failed)]
+        flags = ranks.all_reduce_max(torch.tensor(found, device=ranks.device())).tolist()
+        number, has_stop_file, is_superseded, has_failed = flags
+        if is_superseded:
+            ranks.on_main(self.check_ours)
+        if has_failed:
+            return "failure"
+        if has_stop_file:
+            return "STOP file"
+        return stop.name_of(number) if number else ""
+
+    def stopped(self, why: str, step: int) -> StoppedError:
+        """What to raise on all ranks once the state after `step` is saved."""
+        error = StoppedError(f"{why} after step {step}, which is saved.")
+        if why == "STOP file":
+            error.outcome = "stop"
+        return error
+
+    def _begin(self) -> None:
+        folder = self.files.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._ownership.claim()
+        self.files.begin()
+
+    def _finish(self, step: int) -> None:
+        self.check_ours()
+        self.files.finish(step)
+
+    def _look(self) -> tuple[int, int]:
+        if ranks.is_main() and time.monotonic() - self._looked >= _LOOK_SECONDS:
+            self._looked = time.monotonic()
+            self._found = (int(os.path.exists(self.files.stop)), int(not self._is_ours()))
+        return self._found
+
+    def _is_ours(self) -> bool:
+        try:
+            self.check_ours()
+        except SupersededError:
+            return False
+        return True

@@ -1,0 +1,64 @@
+"""heartbeat.json: whether a run is alive, and how far it is; rank 0 rewrites it every few seconds.
+
+A thread writes it, also while a step takes long: a run that hangs has a heart that beats and a step
+that stands still, one that was killed has no heart.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from softprompt_dist.durable import replace_file
+from softprompt_dist.lifecycle import watchdog
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT = "heartbeat.json"
+
+
+class Heartbeat:
+    """Writes `facts`, which never change, and the latest values, into `folder`."""
+
+    def __init__(self, folder: Path, every_seconds: float, facts: dict[str, Any]) -> None:
+        self._path, self._every_seconds = folder / HEARTBEAT, every_seconds
+        self._facts, self._values = facts, dict[str, Any]()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._has_warned = False
+
+    def start(self) -> None:
+        """Write the first, and go on."""
+        self._write()
+        self._thread.start()
+
+    def note(self, **values: Any) -> None:
+        """What the next beats say, besides what they said; `step` is progress."""
+        if "step" in values:
+            values["step_time"] = time.time()
+        self._values |= values
+
+    def stop(self, *, last_beat: bool) -> None:
+        """Beat no longer; the last beat says that the attempt has ended."""
+        self._ended.set()
+        self._thread.join()
+        if last_beat:
+            self._values["ended"] = True
+            self._write()
+
+    def _beat(self) -> None:
+        while not self._ended.wait(self._every_seconds):
+            self._write()
+
+    def _write(self) -> None:
+        values = {**self._facts, **self._values, "doing": watchdog.current(), "time": time.time()}
+        try:
+            replace_file(self._path, json.dumps(values, indent=1).encode(), flush=False)
+        except OSError as error:
+            if not self._has_warned:
+                log.warning("No heartbeat can be written: %s", error)
+            self._has_warned = True

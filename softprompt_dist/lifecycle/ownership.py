@@ -1,0 +1,201 @@
+"""attempt.json: which attempt owns a run directory. One alone may publish there.
+
+A cluster starts a job again when it has lost a node, though the ranks on that node may go on: the
+later attempt takes the directory over, and the earlier one finds, before it publishes anything,
+that it is no longer the owner. Two living runs are another matter: the second is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import Field, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from softprompt_dist.durable import replace_file
+from softprompt_dist.errors import DirectoryInUseError, SupersededError
+from softprompt_dist.lifecycle.heartbeat import HEARTBEAT
+from softprompt_dist.outcome_files import OutcomeFiles, announce
+
+ATTEMPT = "attempt.json"
+_SILENCE_SECONDS = 60.0
+"""Of the heart of a run on another machine, whose processes cannot be seen from here."""
+_SETTLING_SECONDS = 0.3
+"""Two runs that claim a directory at one moment: the last to write its name has it."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """An attempt, as attempt.json tells of it."""
+
+    token: str
+    host: str
+    pid: int
+    started: int
+    """Clock ticks from the machine's start to the process's: tells it from a later one of its
+    number."""
+    job: str = ""
+    """Slurm's; empty for none."""
+    restart: int = 0
+    """How often Slurm has started the job again."""
+
+    @classmethod
+    def here(cls, environ: Mapping[str, str]) -> Owner:
+        """This process, as a new attempt."""
+        restart = environ.get("SLURM_RESTART_COUNT", "0")
+        return cls(
+            token=uuid.uuid4().hex,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            started=_started(os.getpid()),
+            job=environ.get("SLURM_JOB_ID", ""),
+            restart=int(restart) if restart.isdecimal() else 0,
+        )
+
+    @property
+    def described(self) -> str:
+        """For people."""
+        job = f"Slurm job {self.job}, " if self.job else ""
+        return f"{job}process {self.pid} on {self.host}"
+
+
+class Ownership:
+    """The right to publish in `folder`; rank 0 alone has one, and nothing here is collective."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / ATTEMPT
+        self.owner = Owner.here(os.environ)
+
+    def claim(self) -> None:
+        """Become the owner.
+
+        Raises:
+            DirectoryInUseError: another run is alive there.
+        """
+        refuse_if_in_use(self._path.parent, self.owner)
+        replace_file(self._path, json.dumps(asdict(self.owner), indent=1).encode())
+        time.sleep(_SETTLING_SECONDS)
+        found = read_owner(self._path.parent)
+        if found is not None and found.token != self.owner.token:
+            raise _in_use(self._path.parent, found)
+
+    def check(self) -> None:
+        """Whether this attempt is still the owner.
+
+        Raises:
+            SupersededError: a later attempt is.
+        """
+        found = read_owner(self._path.parent)
+        if found is None or found.token != self.owner.token:
+            other = "nobody knows whom" if found is None else found.described
+            raise SupersededError(
+                f"{self._path.parent} was taken over by {other}: this attempt ({self.owner.token}) "
+                "ends and publishes nothing more."
+            )
+
+    def release(self) -> None:
+        """Let another run have the folder at once."""
+        with suppress(OSError, SupersededError):
+            self.check()
+            self._path.unlink()
+
+
+def begin_in(folder: Path) -> None:
+    """Any rank, before the ranks have met: nothing stands against a run in `folder`.
+
+    What ends this process from now on, wherever it happens, is told there.
+
+    Raises:
+        DirectoryInUseError: another run is alive there.
+        StopFileError: there is a STOP file.
+    """
+    refuse_if_in_use(folder)
+    announce(folder)
+    OutcomeFiles(folder).refuse_if_stopped()
+
+
+def read_owner(folder: Path) -> Owner | None:
+    """What attempt.json says; None where there is none that can be read."""
+    try:
+        values = json.loads((folder / ATTEMPT).read_bytes())
+        return Owner(**{field.name: _checked(values, field) for field in fields(Owner)})
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def refuse_if_in_use(folder: Path, newcomer: Owner | None = None) -> None:
+    """Before anything slow: whether another run is alive in `folder`.
+
+    Raises:
+        DirectoryInUseError: with its job, process and host.
+    """
+    newcomer = newcomer or Owner.here(os.environ)
+    found = read_owner(folder)
+    if found is None:
+        return
+    is_same_job = bool(found.job) and found.job == newcomer.job
+    if is_same_job and found.restart < newcomer.restart:
+        return  # Slurm has ended it, or has lost the node that it was on
+    if is_alive(found, folder):
+        raise _in_use(folder, found)
+
+
+def is_alive(owner: Owner, folder: Path) -> bool:
+    """Whether an attempt goes on, as far as can be told from here."""
+    if owner.host == socket.gethostname() and Path("/proc/self/stat").exists():
+        return _started(owner.pid) == owner.started and not _is_halted(owner.pid)
+    return seconds_since_heartbeat(folder) < _SILENCE_SECONDS
+
+
+def seconds_since_heartbeat(folder: Path) -> float:
+    """By the file system's own clock, for machines' clocks differ; infinite where there is none."""
+    probe = folder / f".clock-{uuid.uuid4().hex}"
+    try:
+        last = (folder / HEARTBEAT).stat().st_mtime
+        try:
+            probe.touch()
+            now = probe.stat().st_mtime
+            probe.unlink()
+        except OSError:  # somebody who may only read it asks
+            now = time.time()
+    except OSError:
+        return float("inf")
+    return max(0.0, now - last)
+
+
+def _in_use(folder: Path, owner: Owner) -> DirectoryInUseError:
+    return DirectoryInUseError(
+        f"{folder} is in use by {owner.described}. Two runs in one directory would spoil each "
+        "other's. Wait for it, end it, or pass another --run-dir."
+    )
+
+
+def _stat_fields(pid: int) -> list[str]:
+    """Of /proc/PID/stat, from the state on; empty where there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def _started(pid: int) -> int:
+    found = _stat_fields(pid)
+    return int(found[19]) if len(found) > 19 else -1
+
+
+def _is_halted(pid: int) -> bool:
+    """Stopped by a signal, or dead and not yet waited for."""
+    return _stat_fields(pid)[:1] in (["T"], ["t"], ["Z"], ["X"], [])
+
+
+def _checked(values: dict[str, Any], field: Field[Any]) -> Any:
+    value = values[field.name]
+    if type(value).__name__ != field.type:  # annotations are strings here
+        raise TypeError(f"{field.name} is {value!r}, not a {field.type}")
+    return value

@@ -1,0 +1,151 @@
+"""How a run ended, as files: exit codes do not survive srun, and not every end has one.
+
+RUN_DIRECTORY/DONE   the run is complete; its first line is the last step
+              STOP   do not run: the batch script gave up, or the user asked for an end
+              why    why the latest attempt ended, one line; `running` while it goes on
+              step   the last step that a checkpoint was published for
+
+A batch script decides by them whether to queue the job again; see slurm/env.sh and docs/slurm.md.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from softprompt_dist.durable import replace_file
+from softprompt_dist.errors import CheckpointError, SoftpromptError, StopFileError
+
+log = logging.getLogger(__name__)
+
+FOLDER_VARIABLE = "SOFTPROMPT_OUTCOME"
+"""Where the batch script wants these files, also before Python knows the run directory."""
+RUNNING = "running"
+_LONGEST_REASON = 2000
+
+
+@dataclass(frozen=True)
+class OutcomeFiles:
+    """The four files, in `folder`."""
+
+    folder: Path
+
+    @property
+    def done(self) -> Path:
+        """Whether it is there decides: the run is complete."""
+        return self.folder / "DONE"
+
+    @property
+    def stop(self) -> Path:
+        """Whether it is there decides: the run must not go on."""
+        return self.folder / "STOP"
+
+    @property
+    def why(self) -> Path:
+        """Why the latest attempt ended."""
+        return self.folder / "why"
+
+    @property
+    def step(self) -> Path:
+        """The last published step."""
+        return self.folder / "step"
+
+    def refuse_if_stopped(self) -> None:
+        """Before anything is started.
+
+        Raises:
+            StopFileError: there is a STOP file.
+        """
+        if self.stop.exists():
+            reason = first_line(self.stop) or "no reason given"
+            raise StopFileError(
+                f"{self.stop} says that this run must not go on: {reason}. Remove the file to run "
+                "it all the same."
+            )
+
+    def begin(self) -> None:
+        """An attempt begins: what it will end like is not known.
+
+        Raises:
+            StopFileError: there is a STOP file.
+        """
+        self.refuse_if_stopped()
+        self.done.unlink(missing_ok=True)
+        replace_file(self.why, f"{RUNNING}\n".encode())
+
+    def publish_step(self, step: int) -> None:
+        """A checkpoint of `step` is on the disk."""
+        replace_file(self.step, f"{step}\n".encode())
+
+    def published_step(self) -> int:
+        """The last step that a checkpoint was published for; 0 for none."""
+        text = first_line(self.step)
+        return int(text) if text.isdecimal() else 0
+
+    def begin_anew(self) -> None:
+        """The checkpoints were set aside: none is published."""
+        self.step.unlink(missing_ok=True)
+
+    def check_resumed(self, step: int) -> None:
+        """Whether a run that goes on after `step` is as far as it once was.
+
+        Raises:
+            CheckpointError: there were checkpoints, and none is left: never start over unasked.
+        """
+        published = self.published_step()
+        if published and not step:
+            raise CheckpointError(
+                f"{self.step} says that step {published} was saved, but no checkpoint is there. "
+                "Bring the folder `checkpoints` back, or start over with --fresh."
+            )
+        if step < published:
+            log.warning("Step %d was saved once; going on after step %d.", published, step)
+            self.publish_step(step)
+
+    def finish(self, step: int) -> None:
+        """The run is complete."""
+        replace_file(self.why, b"done\n")
+        replace_file(self.done, f"{step}\n".encode())
+
+    def end(self, reason: str) -> None:
+        """The attempt ends early, for this reason."""
+        line = " ".join(reason.split())[:_LONGEST_REASON]
+        replace_file(self.why, f"{line}\n".encode())
+
+
+def first_line(path: Path) -> str:
+    """Of a small file; empty where there is none."""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            return file.readline(_LONGEST_REASON).strip()
+    except OSError:
+        return ""
+
+
+def announce(folder: Path) -> None:
+    """Let `record_failure` know where the run's outcome belongs, unless the batch script said so.
+
+    Called on every rank: whichever fails may be the only one that can tell.
+    """
+    os.environ.setdefault(FOLDER_VARIABLE, str(folder))
+
+
+def of_batch_script() -> OutcomeFiles | None:
+    """Where a batch script waits for the outcome of a verb without a run directory, if one does."""
+    folder = os.environ.get(FOLDER_VARIABLE)
+    return OutcomeFiles(Path(folder)) if folder else None
+
+
+def record_failure(failure: SoftpromptError) -> None:
+    """Write `why` for an attempt that ends with `failure`; does nothing where no run is known."""
+    files = of_batch_script()
+    if files is None or not failure.outcome:
+        return
+    # The first to speak is nearest to the cause; and a disk that is full has said so already.
+    with suppress(OSError):
+        files.folder.mkdir(parents=True, exist_ok=True)
+        if first_line(files.why) in ("", RUNNING):
+            files.end(f"{failure.outcome}: {failure}")

@@ -1,0 +1,106 @@
+"""Stopping when asked to: SIGTERM, SIGUSR1 and SIGUSR2 to any rank mean "save and end".
+
+Slurm sends one of them before a time limit, a preemption or a cancellation, sometimes to the ranks,
+sometimes to the batch script, which passes it on. A handler does nothing but set a flag: what it
+interrupts may be a save or a collective. The ranks then agree at a boundary that all of them reach.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from softprompt_dist.errors import StoppedError
+from softprompt_dist.outcome_files import record_failure
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+_POLL_SECONDS = 0.2
+_received: list[int] = []
+
+
+def listen() -> None:
+    """From now on remember the signals instead of dying of them. Again: nothing changes.
+
+    To be called before anything that starts threads or processes, as they inherit what is set.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return  # Python allows handlers there alone; a test may run a verb elsewhere
+    for number in SIGNALS:
+        signal.signal(number, _remember)
+
+
+def forget() -> None:
+    """Let the signals do what they do by default, and forget those that came."""
+    _received.clear()
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+
+
+def wanted() -> int:
+    """The first signal that this rank was sent; 0 for none."""
+    return _received[0] if _received else 0
+
+
+def agreed() -> int:
+    """All ranks: a signal that any of them was sent; 0 for none."""
+    import torch
+
+    from softprompt_dist.parallel import ranks
+
+    return int(ranks.all_reduce_max(torch.tensor(wanted(), device=ranks.device())))
+
+
+def end_here_if_asked(doing: str) -> None:
+    """All ranks: end a phase in which there is nothing to save.
+
+    Raises:
+        StoppedError: on all ranks, if any of them was sent a signal.
+    """
+    number = agreed()
+    if number:
+        raise StoppedError(f"{name_of(number)} while {doing}. The same command begins again there.")
+
+
+def name_of(number: int) -> str:
+    """SIGTERM and its like."""
+    return signal.Signals(number).name
+
+
+def ignore_in_child() -> None:
+    """In a worker process: Slurm signals every process of a step, and this one has a parent."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def ends_while_waiting(*, unless: bool = False) -> Iterator[None]:
+    """A wait that other ranks alone can end, such as the first meeting: a signal ends the process.
+
+    There is nothing to save yet, and no boundary that would be reached. `unless` something goes on
+    that must not be torn: then the signal is heard afterwards.
+    """
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(_POLL_SECONDS):
+            if wanted():
+                failure = StoppedError(f"{name_of(wanted())} before the ranks met.")
+                record_failure(failure)
+                print(f"Stopped: {failure}", flush=True)
+                os._exit(failure.exit_code)
+
+    if not unless:
+        threading.Thread(target=watch, name="stop-while-waiting", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def _remember(number: int, frame: FrameType | None) -> None:
+    _received.append(number)

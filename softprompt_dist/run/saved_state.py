@@ -1,0 +1,179 @@
+"""What changes while a prompt is tuned, and what of it a resume needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softprompt_dist.config import TuneConfig
+from softprompt_dist.errors import CheckpointError
+from softprompt_dist.lifecycle.attempt import Attempt
+from softprompt_dist.lifecycle.watchdog import doing
+from softprompt_dist.parallel import ranks
+from softprompt_dist.parallel.equality import assert_equal_on_all_ranks
+from softprompt_dist.run.checkpoint import Checkpoint, CheckpointStore
+from softprompt_dist.run.directory import RunDirectory
+from softprompt_dist.run.optimizer import optimizer_from_tensors, optimizer_to_tensors
+from softprompt_dist.run.tuning import TuningRun
+
+_OPTIMIZER_PREFIX = "optimizer."
+_FREE_TO_CHANGE: dict[str, Any] = {
+    "name": ...,
+    "run_directory": ...,
+    "steps": ...,
+    "deepspeed_config": ...,
+    "checkpoint": ...,
+    "backbone": {
+        "path",
+        "revision",
+        "sharding",
+        "shard_group",
+        "offload",
+        "offload_path",
+        "activation_checkpointing",
+    },
+    "batch": {"micro_batch_size", "micro_batch_tokens"},
+    "evaluation": {"batch_tokens", "early_stopping_patience"},
+    "transfer": ...,
+    "health": ...,
+}
+"""Settings that a resume may change: no result depends on them (dropout's draws aside), or the
+fingerprint decides."""
+
+
+@dataclass
+class TuningState:
+    """What changes during a run, besides the prompt and its optimizer."""
+
+    best_prompt_PD: Tensor
+    step: int = 0
+    examples_consumed: int = 0
+    best_score: float | None = None
+    """In percent; None before the first validation."""
+    best_step: int = 0
+    validations_without_gain: int = 0
+    """How many in a row were no better than the best before them."""
+    validated_step: int = -1
+    """Of the last validation that came to its end."""
+
+
+def checkpoint_store(
+    config: TuneConfig, directory: RunDirectory, attempt: Attempt
+) -> CheckpointStore:
+    """The run's checkpoints."""
+    return CheckpointStore(directory.checkpoints, config.checkpoint.keep_last, attempt)
+
+
+def save(run: TuningRun, state: TuningState, store: CheckpointStore) -> None:
+    """All ranks: publish prompt, optimizer and cursor, once the prompts are found equal."""
+    with doing(f"saving step {state.step}", run.config.health.slow_timeout_seconds):
+        _save(run, state, store)
+
+
+def _save(run: TuningRun, state: TuningState, store: CheckpointStore) -> None:
+    digest = assert_equal_on_all_ranks(run.prompt.weight, "The prompt")
+    tensors = {
+        "prompt": run.prompt.weight.detach().cpu(),
+        "best_prompt": state.best_prompt_PD.cpu(),
+        **{
+            _OPTIMIZER_PREFIX + name: tensor.cpu()
+            for name, tensor in optimizer_to_tensors(run.optimizer).items()
+        },
+    }
+    values = {
+        "seed": run.config.seed,
+        "step": state.step,
+        "examples_consumed": state.examples_consumed,
+        "best_score": state.best_score,
+        "best_step": state.best_step,
+        "validations_without_gain": state.validations_without_gain,
+        "validated_step": state.validated_step,
+        "prompt_sha256": digest,
+        "backbone_fingerprint": run.backbone.fingerprint,
+        "data_digests": _digests(run),
+        "recipe": _binding_recipe(run.config),
+    }
+    store.save(state.step, tensors, values)
+
+
+def restore(run: TuningRun, checkpoint: Checkpoint | None) -> TuningState:
+    """All ranks: the state that the run continues from, which is `checkpoint`'s if there is one.
+
+    Raises:
+        CheckpointError: it belongs to another recipe, backbone or data. A run never begins again
+            from step 0 in silence.
+    """
+    if checkpoint is None:
+        return TuningState(best_prompt_PD=run.prompt.weight.detach().clone())
+    values, tensors = checkpoint.state, checkpoint.tensors
+    ranks.together(lambda: _check_belongs(run, checkpoint))
+    with torch.no_grad():
+        run.prompt.weight.copy_(tensors["prompt"])
+    optimizer_from_tensors(
+        run.optimizer,
+        {
+            name.removeprefix(_OPTIMIZER_PREFIX): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(_OPTIMIZER_PREFIX)
+        },
+    )
+    checkpoint.restore_rng()
+    assert_equal_on_all_ranks(run.prompt.weight, "The prompt of the checkpoint")
+    return TuningState(
+        best_prompt_PD=tensors["best_prompt"].to(run.prompt.weight.device),
+        **{
+            name: values[name]
+            for name in (
+                "step",
+                "examples_consumed",
+                "best_score",
+                "best_step",
+                "validations_without_gain",
+                "validated_step",
+            )
+        },
+    )
+
+
+def _digests(run: TuningRun) -> dict[str, dict[str, str]]:
+    return {task.name: dict(task.data.digests) for task in run.tasks}
+
+
+def _binding_recipe(config: TuneConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json", exclude=_FREE_TO_CHANGE)
+
+
+def _check_belongs(run: TuningRun, checkpoint: Checkpoint) -> None:
+    values = checkpoint.state
+    now = {
+        "backbone fingerprint": run.backbone.fingerprint,
+        "data": _digests(run),
+        **_flat(_binding_recipe(run.config)),
+    }
+    then = {
+        "backbone fingerprint": values.get("backbone_fingerprint"),
+        "data": values.get("data_digests"),
+        **_flat(values.get("recipe", {})),
+    }
+    different = [key for key in now if now[key] != then.get(key)]
+    if different:
+        lines = "\n".join(
+            f"  - {key}: saved {then.get(key)!r}, now {now[key]!r}" for key in different
+        )
+        raise CheckpointError(
+            f"The checkpoint of step {checkpoint.step} belongs to another run:\n{lines}\n"
+            "Use the saved values, another --run-dir, or --fresh to set the old run aside."
+        )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
