@@ -22,7 +22,7 @@ PIP_INSTALL := $(PIP) install -c constraints.txt $(PIP_ARGS)
 ON_CPU := DS_ACCELERATOR=cpu
 SHELL_SCRIPTS := .ci/run $(wildcard slurm/*.sh)
 
-.PHONY: help demo demo-t5 test check format clean
+.PHONY: help demo demo-t5 test drills check format clean
 
 help: ## show this list
 	@grep -E '^[.a-z0-9-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## */\t/' | expand -t 12
@@ -42,8 +42,12 @@ demo: $(READY) ## tune a prompt for a frozen 135M model: DeepSpeed ZeRO-3, 2 ran
 demo-t5: $(READY) ## the same for our own tiny T5
 	$(ON_CPU) $(BIN)/deepspeed --num_gpus 2 -m softprompt_dist.train --recipe demo-t5 $(ARGS)
 
-test: $(READY) ## run the whole test suite
-	$(BIN)/python -m pytest $(ARGS)
+test: $(READY) ## run the whole test suite, but for what takes minutes and is tried in a shorter form
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+drills: $(READY) ## run all fault drills, the long ones too, and print the resilience table
+	mkdir -p runs
+	$(BIN)/python -m pytest -m drill --resilience-table runs/resilience.md $(ARGS)
 
 check: $(READY) ## lint, format, types, spelling, shell scripts; changes nothing
 	$(BIN)/ruff check .

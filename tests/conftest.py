@@ -14,6 +14,8 @@ from tests import runs
 from tests.messages import Said
 from tests.models import save_enlarged
 
+pytest_plugins = ["tests.drills.plugin"]
+
 _has_gpu = torch.cuda.is_available
 
 
@@ -73,6 +75,19 @@ def zero3_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("ds") / "zero3.json"
     path.write_text(json.dumps(runs.PARTITION_EVERYTHING))
     return path
+
+
+@pytest.fixture
+def drilled(record_property: Callable[[str, object], None]) -> Callable[..., None]:
+    """`drilled(steps_redone=..., seconds=...)`: what the resilience table tells of this test."""
+
+    def note(*, steps_redone: int | None = None, seconds: float | None = None) -> None:
+        if steps_redone is not None:
+            record_property("steps_redone", steps_redone)
+        if seconds is not None:
+            record_property("seconds_to_recover", seconds)
+
+    return note
 
 
 @pytest.fixture

@@ -182,6 +182,7 @@ def poisoned_recipe(tiny_t5, tiny_data, tmp_path):
     return runs.write_recipe(tmp_path / "poisoned.yaml", recipe)
 
 
+@pytest.mark.drill("D14")
 def test_a_loss_that_is_not_finite_stops_both_ranks_before_the_update(
     poisoned_recipe, run_module_on_ranks, tmp_path
 ):

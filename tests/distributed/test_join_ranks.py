@@ -4,6 +4,7 @@ import sys
 import time
 
 import launch
+import pytest
 
 from softprompt_dist.errors import MachineError
 from softprompt_dist.parallel import ranks
@@ -30,6 +31,7 @@ def check_job(nonces):
     return "one job"
 
 
+@pytest.mark.drill("D24")
 def test_ranks_of_two_jobs_refuse_each_other(run_on_ranks):
     assert run_on_ranks(check_job, 2, nonces=["a", "a"]) == ["one job"] * 2
     first, second = run_on_ranks(check_job, 2, nonces=["a", "b"])
@@ -59,6 +61,7 @@ def test_a_lone_process_joins_without_a_launcher_and_says_nothing_else():
     assert done.stderr == ""
 
 
+@pytest.mark.drill("D25")
 def test_a_stale_lock_ends_the_start_instead_of_hanging(tmp_path):
     lock = tmp_path / "deepspeed_shm_comm" / "lock"
     lock.parent.mkdir()
@@ -70,6 +73,7 @@ def test_a_stale_lock_ends_the_start_instead_of_hanging(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.drill("D26")
 def test_a_half_set_environment_is_refused():
     done = join({"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"})
     assert done.returncode == 2

@@ -138,6 +138,7 @@ def test_the_whole_run_trains_with_dropout(whole_run):
     assert not torch.equal(random_states["rank0.cpu"], random_states["rank1.cpu"])
 
 
+@pytest.mark.drill("D1")
 def test_forty_steps_are_twenty_kill_twenty(folder, killed_run, whole_run, arguments, run_modules):
     run_dir = folder / "resumed"
     shutil.copytree(killed_run, run_dir)

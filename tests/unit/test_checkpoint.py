@@ -81,6 +81,7 @@ def test_nothing_saved_yet(store):
     assert store.load_newest() is None
 
 
+@pytest.mark.drill("D20", "D37")
 def test_the_last_k_are_kept_and_the_newest_is_chosen_by_step_not_by_time(store):
     save(store, 9, 10, 11, 100)
     assert names(store.folder) == ["step-00000010", "step-00000011", "step-00000100"]
@@ -88,6 +89,7 @@ def test_the_last_k_are_kept_and_the_newest_is_chosen_by_step_not_by_time(store)
     assert_is_step(store.load_newest(), 100)
 
 
+@pytest.mark.drill("D20")
 def test_a_half_deleted_checkpoint_is_not_a_checkpoint(store, monkeypatch):
     def interrupted(path, **kwargs):
         if ".tmp" not in path.name:
@@ -124,6 +126,7 @@ def test_a_damaged_manifest_is_set_aside(store, damage):
     assert_is_step(store.load_newest(), 10)
 
 
+@pytest.mark.drill("D7")
 def test_every_single_bit_flip_is_noticed_or_harmless(store):
     save(store, 10, 20)
     newest = store.folder / "step-00000020"
@@ -216,6 +219,7 @@ def test_a_damaged_published_checkpoint_makes_way_for_the_same_step(store):
     assert "corrupt-step-00000010" in names(store.folder)
 
 
+@pytest.mark.drill("D9")
 @pytest.mark.parametrize("call", [1, 2, 3, 4, 5, 6])
 def test_disk_full_at_any_flush_leaves_the_old_checkpoints(store, monkeypatch, call):
     save(store, 10)
@@ -271,6 +275,7 @@ def test_a_read_only_folder(store):
         store.folder.chmod(0o755)
 
 
+@pytest.mark.drill("D11")
 def test_a_write_that_is_denied_leaves_what_was_saved(store, monkeypatch):
     save(store, 10)
     monkeypatch.setattr(checkpoint_module, "write_file", denied)
@@ -280,6 +285,7 @@ def test_a_write_that_is_denied_leaves_what_was_saved(store, monkeypatch):
     assert_is_step(store.load_newest(), 10)
 
 
+@pytest.mark.drill("D11")
 def test_permission_denied_is_named_and_nothing_is_set_aside(store, monkeypatch):
     save(store, 10)
     monkeypatch.setattr(checkpoint_module, "read_checkpoint", denied)

@@ -83,6 +83,7 @@ def test_a_launcher_s_variables_are_left_alone() -> None:
     assert environ == SLURM | COMPLETE
 
 
+@pytest.mark.drill("D26")
 def test_a_batch_script_without_srun_is_refused() -> None:
     environ = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "5"}
     with pytest.raises(MachineError, match=r"8 tasks.*srun"):
@@ -103,6 +104,7 @@ def test_first_host_of_a_node_list(nodelist: str, host: str) -> None:
     assert first_host(nodelist) == host
 
 
+@pytest.mark.drill("D26")
 @pytest.mark.parametrize(
     ("change", "message"),
     [

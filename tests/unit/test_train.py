@@ -158,6 +158,7 @@ def test_more_steps_continue_a_finished_run(tune: Tune) -> None:
     ).read_bytes()
 
 
+@pytest.mark.drill("D19")
 def test_a_resume_may_hold_the_backbone_otherwise(tune: Tune, lone_process: None) -> None:
     join_world()
     settings = ["checkpoint.every_steps=3"]
