@@ -89,6 +89,10 @@ def test_wheel_carries_recipes_and_assets(distribution: Path) -> None:
             if p.is_file() and "__pycache__" not in p.parts
         }
         assert wanted <= set(names)
+    scripts = {
+        f"softprompt_dist/batch_scripts/{p.name}" for p in (REPOSITORY / "slurm").glob("*.sh")
+    }
+    assert scripts <= set(names)
 
 
 def test_an_install_leaves_the_user_s_torch_alone(distribution: Path) -> None:
