@@ -75,6 +75,7 @@ def attempt(folder: Path) -> dict[str, Any]:
     return noted
 
 
+@pytest.mark.drill("D30")
 def test_a_pipeline_runs_to_its_end_and_is_not_run_again(
     submit: Submit, lab: Lab, tmp_path: Path
 ) -> None:
@@ -109,6 +110,7 @@ def test_a_pipeline_runs_to_its_end_and_is_not_run_again(
     assert "There is nothing to submit" in submit(recipe)
 
 
+@pytest.mark.drill("D30")
 def test_a_stage_that_fails_stops_the_rest_until_it_is_put_right(
     submit: Submit, lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,6 +56,12 @@ def test_a_command_of_the_readme_is_one_that_exists(command):
     if command[0] == "pip":
         assert command[1:] == ["install", "."]
         return
+    if "sbatch" in command:
+        variables = [word.partition("=")[0] for word in command[: command.index("sbatch")]]
+        script = next(word for word in command if word.endswith(".sh"))
+        header = (REPOSITORY / script).read_text(encoding="utf-8")
+        assert [name for name in variables if f"# {name} " not in header] == []
+        return
     if command[0] == "deepspeed":
         module = command[command.index("-m") + 1]
         verb, arguments = module.rpartition(".")[2], command[command.index(module) + 1 :]
