@@ -11,10 +11,10 @@ from typing import Any
 from softprompt_dist.adapt_config import AdaptConfig
 from softprompt_dist.config import TuneConfig
 from softprompt_dist.errors import ConfigError
+from softprompt_dist.names import RULE, is_name, path_inside
 from softprompt_dist.recipe import apply_override, check_values, read_recipe
 
 STAGES = "stages"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")
 
 
 def is_adaptation(recipe: str, overrides: Sequence[str] = ()) -> bool:
@@ -65,20 +65,32 @@ def _chained(
     for override in overrides:
         apply_override(values, override)
     name_of_all = values.get("name", AdaptConfig.model_fields["name"].default)
-    folder = Path(run_directory or str(values.get("run_directory") or f"runs/{name_of_all}"))
+    if not is_name(name_of_all):
+        raise ConfigError(
+            f"{recipe}: name is {name_of_all!r:.100}, but {RULE}. Choose another one."
+        )
+    folder = Path(run_directory or _own_folder(values, recipe) or f"runs/{name_of_all}")
     configs: list[AdaptConfig] = []
     previous: Path | None = None
     for name, own in stages.items():
         merged = _merged(values, own)
         for override in overrides:
             apply_override(merged, override)
-        merged |= {"run_directory": str(folder / name), "name": f"{name_of_all}-{name}"}
+        own_folder = path_inside(folder, name, error=ConfigError)
+        merged |= {"run_directory": str(own_folder), "name": f"{name_of_all}-{name}"}
         if previous is not None:
             merged |= {"init": "from_checkpoint", "backbone": f"{previous}/export"}
         configs.append(check_values(AdaptConfig, merged, name=f"Stage {name!r} of {recipe}"))
-        previous = folder / name
+        previous = own_folder
     check_start(configs[0])
     return configs
+
+
+def _own_folder(values: dict[str, Any], recipe: str) -> str | None:
+    folder = values.get("run_directory")
+    if not isinstance(folder, str | None):
+        raise ConfigError(f"{recipe}: run_directory is {folder!r:.100}, and must be a path.")
+    return folder
 
 
 def check_start(config: AdaptConfig) -> None:
@@ -121,7 +133,8 @@ def _checked_names(recipe: str, stages: Any) -> list[str]:
     wrong = [
         name
         for name, keys in stages.items()
-        if not (isinstance(name, str) and _NAME.fullmatch(name) and isinstance(keys, dict | None))
+        # A dot would end the stage's name in `--set stages.NAME.key=value`.
+        if not (is_name(name) and "." not in name and isinstance(keys, dict | None))
     ]
     if wrong:
         raise ConfigError(

@@ -16,9 +16,15 @@ import yaml
 from pydantic import ValidationError
 
 from softprompt_dist.errors import ConfigError
+from softprompt_dist.redaction import is_secret_key, places_of_secrets, redact_command, redact_text
 from softprompt_dist.section import Section
+from softprompt_dist.untrusted import read_bounded
+from softprompt_dist.yaml_reading import MAX_BYTES, parse_yaml
 
 RecipeT = TypeVar("RecipeT", bound=Section)
+
+_PROBLEMS_SHOWN = 40
+_LONGEST_SHOWN = 300
 
 
 def load_recipe(
@@ -48,11 +54,16 @@ def check_values(
     """
     for override in overrides:
         apply_override(values, override)
+    _refuse_secrets(values, name)
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        problems = "\n".join(f"  - {_describe(kind, e)}" for e in error.errors())
-        raise ConfigError(f"{name} has problems:\n{problems}") from error
+        problems = [f"  - {_describe(kind, e)}" for e in error.errors(include_url=False)]
+        shown = "\n".join(problems[:_PROBLEMS_SHOWN])
+        more = len(problems) - _PROBLEMS_SHOWN
+        rest = f"\n  - and {more} more" if more > 0 else ""
+        # Not `from error`: its own words hold the values.
+        raise ConfigError(f"{name} has problems:\n{shown}{rest}") from None
 
 
 def recipe_names() -> list[str]:
@@ -68,16 +79,18 @@ def resolve_recipe(recipe: str | Path) -> Path:
         ConfigError: neither a file nor a packaged recipe.
     """
     path = Path(recipe)
-    if path.is_file():
-        return path
-    packaged = Path(str(resources.files("softprompt_dist") / "recipes" / f"{recipe}.yaml"))
-    if packaged.is_file():
-        return packaged
+    try:
+        if path.is_file():
+            return path
+    except OSError:  # a name that is too long for a file
+        pass
     names = recipe_names()
+    if str(recipe) in names:
+        return Path(str(resources.files("softprompt_dist") / "recipes" / f"{recipe}.yaml"))
     hint = difflib.get_close_matches(str(recipe), names, n=1)
     nearest = f" Did you mean {hint[0]!r}?" if hint else ""
     raise ConfigError(
-        f"Recipe {str(recipe)!r} is neither a file nor a packaged recipe.{nearest} "
+        f"Recipe {str(recipe)!r:.200} is neither a file nor a packaged recipe.{nearest} "
         f"Packaged: {', '.join(names)}."
     )
 
@@ -95,9 +108,10 @@ def read_recipe(recipe: str | Path) -> dict[str, Any]:
     """
     path = resolve_recipe(recipe)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"Cannot read recipe {path}: {error}") from error
+        values = parse_yaml(read_bounded(path, 4 * MAX_BYTES).decode("utf-8"))
+    except (OSError, ValueError) as error:
+        said = redact_text(str(error))
+        raise ConfigError(f"Cannot read recipe {path}: {said}. Correct the file.") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -114,18 +128,20 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         ConfigError: it has another form, or `a` is no section.
     """
     key, separator, text = override.partition("=")
+    shown = _shown(redact_command([override])[0])
     if not separator or not key:
-        raise ConfigError(f"Override {override!r} must have the form key.subkey=value.")
+        raise ConfigError(f"Override {shown} must have the form key.subkey=value.")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"Override {override!r} has no readable YAML value: {error}") from error
+        value = parse_yaml(text)
+    except ValueError as error:
+        said = "it is no YAML" if is_secret_key(key) else str(error)
+        raise ConfigError(f"Override {shown} has no readable YAML value: {said}") from None
     *parents, last = key.split(".")
     node = values
     for parent in parents:
         child = node.setdefault(parent, {})
         if not isinstance(child, dict):
-            raise ConfigError(f"Override {override!r}: {parent!r} is a value, not a section.")
+            raise ConfigError(f"Override {shown}: {parent!r} is a value, not a section.")
         node = child
     node[last] = value
 
@@ -141,11 +157,29 @@ def _describe(kind: type[Section], error: Any) -> str:
     if error["type"] == "missing":
         return _describe_missing(kind, location)
     message = error["msg"].removeprefix("Value error, ")
-    value = f" (found {error['input']!r})" if name else ""
+    value = f" (found {_shown(error['input'])})" if name else ""
     hint = (
         " fp16 breaks T5 (its activations overflow); use bf16." if error["input"] == "fp16" else ""
     )
     return f"{name + ': ' if name else ''}{message}{value}{hint}"
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return "a very large number"
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
+
+
+def _refuse_secrets(values: dict[str, Any], name: str) -> None:
+    """A recipe is copied into the run directory, into reports and model cards."""
+    if places := places_of_secrets(values):
+        raise ConfigError(
+            f"{name}: {', '.join(places[:_PROBLEMS_SHOWN])} looks like a password or an access "
+            "token, and a recipe is copied into the run's files. Remove it, and give it to the "
+            "program that needs it in the environment (such as HF_TOKEN), or in a file of its own."
+        )
 
 
 def _describe_missing(kind: type[Section], location: Sequence[str]) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from softprompt_dist.names import Label
 from softprompt_dist.section import Positive, Section
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -61,7 +61,7 @@ class TaskConfig(Section):
     """A task of `softprompt tasks list`, which decides text, labels and metrics."""
     prefixed: bool = False
     """catalogue: with T5's task prefix. Prompt tuning leaves it out (taskless)."""
-    name: str = "vader-movies"
+    name: Label = "vader-movies"
     """Default of a catalogue's task: its name there."""
     source: SourceConfig = SourceConfig(kind="vader", name="movies")
     """Default of a catalogue's task: its data set on the hub."""
@@ -115,11 +115,6 @@ class TaskConfig(Section):
                 "input_template."
             )
         return self
-
-
-def folder_name(task: str) -> str:
-    """A task's name as folders of its results have it."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", task).strip(".-") or "task"
 
 
 class MixtureConfig(Section):

@@ -5,7 +5,6 @@ Axes: R rows, C columns (all but the first axis, flattened).
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from abc import ABC, abstractmethod
@@ -19,6 +18,8 @@ from torch import Tensor
 
 from softprompt_dist.backbone.formats import Int8Rows
 from softprompt_dist.errors import BackboneError
+from softprompt_dist.names import is_name
+from softprompt_dist.untrusted import parse_json, read_bounded
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ _MAPPED_BYTES = 64 * 2**20
 """Mapped pages count as this process's memory; closing the files gives them back."""
 _FAULT_BYTES = 2 * 2**20
 """The system may map this much around a byte that is read: samples of a tensor are not small."""
+_MAX_INDEX_BYTES = 1 << 28
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _UNREADABLE = (SafetensorError, OSError, RuntimeError, EOFError, KeyError, ValueError)
 
@@ -155,7 +157,7 @@ class _File(ABC):
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
         """A view [R, C] of rows of a tensor."""
-        return self._guarded(lambda: self._slice(name, first, last)).reshape(last - first, -1)
+        return self._guarded(lambda: self._slice(name, first, last).reshape(last - first, -1))
 
     def mapped(self, name: str) -> Tensor:
         """A view of a whole tensor that stays valid when this file is closed."""
@@ -237,11 +239,11 @@ class _PickledFile(_File):
         return tensor[first:last] if tensor.dim() else tensor.reshape(1)
 
     def _guarded(self, read: Callable[[], T]) -> T:
-        import pickle
-
         try:
             return super()._guarded(read)
-        except pickle.UnpicklingError as error:
+        except BackboneError:
+            raise
+        except Exception as error:  # damaged opcodes end in errors of any kind
             # Its own words advise to run whatever the file holds.
             raise BackboneError(
                 f"Cannot read {self.path}: it is damaged or holds more than tensors (code in it is "
@@ -259,7 +261,15 @@ def _is_scale(name: str) -> bool:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        names: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        names = dict(parse_json(read_bounded(index, _MAX_INDEX_BYTES))["weight_map"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BackboneError(f"Cannot read {index}: {error}. Fetch the file again.") from error
+        raise BackboneError(
+            f"Cannot read {index}: {error!s:.300}. Fetch the file again."
+        ) from error
+    # Files of the hub's cache are links out of their folder, so only their names are looked at.
+    if elsewhere := [name for name in names.values() if not is_name(name)]:
+        raise BackboneError(
+            f"{index} names the file {elsewhere[0]!r:.100}, and may name files beside it only. "
+            "Fetch the file again."
+        )
     return names

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from softprompt_dist.errors import ConfigError
+from softprompt_dist.redaction import places_of_secrets
+from softprompt_dist.untrusted import parse_json, read_bounded
 
+_MAX_BYTES = 1 << 20
 BATCH_KEYS = {
     "train_batch_size": "batch.global_batch_size",
     "train_micro_batch_size_per_gpu": "batch.micro_batch_size",
@@ -29,12 +31,16 @@ def read_ds_object(
         ConfigError: missing, no JSON, no object, or with problems.
     """
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"Cannot read ds_config {path}: {error}") from error
+        values = parse_json(read_bounded(Path(path), _MAX_BYTES))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"Cannot read ds_config {path}: {error}. Correct the file.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"ds_config {path} must be a JSON object.")
-    problems = problems_of(values)
+    problems = [
+        f"has what looks like a password or an access token in {place}. DeepSpeed prints its "
+        "config: remove it, and give it to the program that needs it in the environment."
+        for place in places_of_secrets(values, by_key=True)
+    ] or problems_of(values)
     if problems:
         raise ConfigError(f"ds_config {path}\n" + "\n".join(f"  - {p}" for p in problems))
     return values

@@ -118,7 +118,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BackboneError(f"Cannot read {path}: {error}. Fetch it again.") from error
     if not isinstance(values, dict):
         raise BackboneError(f"{path} must be a JSON object. Fetch it again.")

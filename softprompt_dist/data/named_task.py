@@ -11,6 +11,9 @@ from softprompt_dist.data.reading import NoLabelError, ReadRow, as_text, check_u
 from softprompt_dist.data.rows import Place, Row
 from softprompt_dist.errors import DataError
 
+_WRONG_ROW = (
+    ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError
+)  # fmt: skip
 _ID_FIELD = "idx"
 """As the official files and the hub name it: a number, or an object of numbers."""
 
@@ -47,7 +50,7 @@ class NamedTask:
         if not all(map(is_labelled, examples)):
             raise NoLabelError(f"{where} has no label. Add it or remove the row.")
         split_text = _passage(row, examples[0]) if examples else ""
-        return ReadRow(self._finished(examples, row, where), split_text, _row_id(row))
+        return ReadRow(self._finished(examples, row, where), split_text, _row_id(row, where))
 
     def training_examples(self, row: Row, where: Place, read: ReadRow) -> tuple[Example, ...]:
         """The row's examples to train on, which may be other ones (WSC)."""
@@ -65,16 +68,16 @@ class NamedTask:
     def _examples(self, row: Row, where: Place, *, for_training: bool) -> list[Example]:
         try:
             examples = list(self.task.to_examples(row, for_training))
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except _WRONG_ROW as error:
             raise DataError(
-                f"{where} is no row of {self.task.name}: {error}. Correct or remove it."
+                f"{where} is no row of {self.task.name}: {error!s:.300}. Correct or remove it."
             ) from error
         for example in examples:
             check_unicode(example.input_text + example.target_text, where)
         return examples
 
     def _finished(self, examples: list[Example], row: Row, where: Place) -> tuple[Example, ...]:
-        row_id = _row_id(row) or str(where.row)
+        row_id = _row_id(row, where) or str(where.row)
         names = [row_id] if len(examples) == 1 else (f"{row_id}.{n}" for n in range(len(examples)))
         prefix = self.task.prefix if self.prefixed else ""
         return tuple(
@@ -83,10 +86,14 @@ class NamedTask:
         )
 
 
-def _row_id(row: Row) -> str | None:
+def _row_id(row: Row, where: Place) -> str | None:
     """Such as 17, or 3.1.0 of paragraph 3, question 1, answer 0; None where the row has none."""
-    value = row.get(_ID_FIELD)
-    return ".".join(_parts(value)) or None
+    try:
+        row_id = ".".join(_parts(row.get(_ID_FIELD)))
+    except RecursionError as error:
+        raise DataError(f"{where} has an {_ID_FIELD} without end. Correct or remove it.") from error
+    check_unicode(row_id, where)
+    return row_id or None
 
 
 def _parts(value: object) -> Iterator[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from softprompt_dist.data.examples import Example
 from softprompt_dist.data.reading import NoLabelError, ReadRow, as_text, check_unicode, value_of
-from softprompt_dist.data.rows import Place, Row, nearest
+from softprompt_dist.data.rows import Place, Row, listed, nearest
 from softprompt_dist.errors import DataError
 from softprompt_dist.task_config import TaskConfig
 
@@ -98,8 +98,8 @@ class OwnTask:
                 _no_label(where, self.label_field, "null" if value is None else "''")
             )
         raise DataError(
-            f"{where} has the {self.label_field} {label!r}, which is not in task.labels: "
-            f"{', '.join(self.label_map)}.{nearest(label, self.label_map)} "
+            f"{where} has the {self.label_field} {label!r:.100}, which is not in task.labels: "
+            f"{listed(self.label_map)}.{nearest(label, self.label_map)} "
             f"Correct the row or add the label."
         )
 
@@ -169,4 +169,4 @@ def _free_answers(row: Row, field: str, where: Place) -> list[str]:
 
 
 def _no_label(where: Place, field: str, value: str) -> str:
-    return f"{where} has no label: {field} is {value}. Fill it in or remove the row."
+    return f"{where} has no label: {field} is {value:.100}. Fill it in or remove the row."

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from softprompt_dist.data.examples import Example
-from softprompt_dist.data.rows import Place, Row, nearest
+from softprompt_dist.data.rows import Place, Row, listed, nearest
 from softprompt_dist.errors import DataError
 
 
@@ -67,7 +67,7 @@ def value_of(row: Row, field: str, where: Place) -> object:
     """
     if field not in row:
         raise DataError(
-            f"{where} has no field {field!r}.{nearest(field, row)} Its fields: {', '.join(row)}."
+            f"{where} has no field {field!r}.{nearest(field, row)} Its fields: {listed(row)}."
         )
     value = row[field]
     if isinstance(value, (list, dict, bytes)):

@@ -13,10 +13,12 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
 
 from softprompt_dist.errors import DataError
+from softprompt_dist.untrusted import open_regular
 
 Row = dict[str, Any]
 OpenFile = Callable[[], IO[bytes]]
@@ -24,7 +26,9 @@ OpenFile = Callable[[], IO[bytes]]
 ROWS_AT_A_TIME = 1000
 """Rows of a columnar source that are in memory as Python's objects, ten times their size."""
 
-_CSV_FIELD_CHARACTERS = 1 << 30
+LONGEST_ROW = 1 << 26
+"""Characters of a line, and of a field of .csv: a packed file may be a thousand times its size."""
+_NAMES_SHOWN = 30
 _HASHED_BYTES = 1 << 20
 
 
@@ -105,7 +109,7 @@ def stream_member(open_file: OpenFile, origin: str) -> Iterator[NumberedRow]:
 
 def opener(path: Path) -> OpenFile:
     """What opens the file."""
-    return lambda: path.open("rb")
+    return lambda: open_regular(path)
 
 
 def read_file(path: Path) -> Rows:
@@ -141,6 +145,13 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
+def listed(names: Iterable[str]) -> str:
+    """Names for a message, which a file of any other kind may make thousands of, and long ones."""
+    names = list(names)
+    more = f", and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return ", ".join(f"{name:.80}" for name in names[:_NAMES_SHOWN]) + more
+
+
 def _stream(open_file: OpenFile, origin: str, shown: str) -> Iterator[NumberedRow]:
     name = origin.removesuffix(".gz")
     with _readable(shown), open_file() as file:
@@ -161,7 +172,7 @@ def _readable(shown: str) -> Iterator[None]:
 
 def _stream_jsonl(file: IO[bytes], origin: str) -> Iterator[NumberedRow]:
     number = 0
-    for line_number, line in enumerate(_text_of(file), 1):
+    for line_number, line in enumerate(_lines_of(file), 1):
         if line.strip():
             number += 1
             yield _json_row(Place(origin, number, line_number), line)
@@ -179,8 +190,8 @@ def _json_row(where: Place, line: str) -> NumberedRow:
 
 
 def _stream_csv(file: IO[bytes], origin: str) -> Iterator[NumberedRow]:
-    csv.field_size_limit(_CSV_FIELD_CHARACTERS)  # 131,072 if not set: less than some documents
-    records = _csv_records(_text_of(file))
+    csv.field_size_limit(LONGEST_ROW)  # 131,072 if not set: less than some documents
+    records = _csv_records(_lines_of(file))
     header = _csv_header(next(records, None), origin)
     for number, (line, record) in enumerate(records, 1):
         where = Place(origin, number, line)
@@ -190,14 +201,14 @@ def _stream_csv(file: IO[bytes], origin: str) -> Iterator[NumberedRow]:
         elif len(record) != len(header):
             error = (
                 f"{where} has not as many columns as the header: {len(record)} instead of "
-                f"{len(header)} ({', '.join(header)}). Put quotes around a text that has commas."
+                f"{len(header)} ({listed(header)}). Put quotes around a text that has commas."
             )
             yield NumberedRow(where, {}, error)
         else:
             yield NumberedRow(where, dict(zip(header, record, strict=True)))
 
 
-def _csv_records(lines: io.TextIOWrapper) -> Iterator[tuple[int, list[str] | csv.Error]]:
+def _csv_records(lines: Iterator[str]) -> Iterator[tuple[int, list[str] | csv.Error]]:
     """Each record with the line it starts at; blank lines are left out."""
     reader = csv.reader(lines, strict=True)
     while True:
@@ -223,20 +234,29 @@ def _csv_header(first: tuple[int, list[str] | csv.Error] | None, origin: str) ->
     if isinstance(names, csv.Error):
         raise DataError(f"Line {line} of {origin} is not a CSV header ({names}). Correct it.")
     if twice := [name for name in names if names.count(name) > 1]:
-        raise DataError(f"The header of {origin} names the column {twice[0]!r} twice. Rename one.")
+        raise DataError(
+            f"The header of {origin} names the column {twice[0]!r:.80} twice. Rename one."
+        )
     return names
 
 
 def _stream_parquet(file: IO[bytes], origin: str) -> Iterator[NumberedRow]:
     from pyarrow import parquet
 
-    batches = parquet.ParquetFile(file).iter_batches(batch_size=ROWS_AT_A_TIME)
-    for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
-        yield NumberedRow(Place(origin, number), row)
+    try:
+        batches = parquet.ParquetFile(file).iter_batches(batch_size=ROWS_AT_A_TIME)
+        for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
+            yield NumberedRow(Place(origin, number), row)
+    except Exception as error:  # pyarrow has kinds of its own beside Python's
+        raise ValueError(str(error)) from error
 
 
-def _text_of(file: IO[bytes]) -> io.TextIOWrapper:
-    return io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+def _lines_of(file: IO[bytes]) -> Iterator[str]:
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    for number, line in enumerate(iter(partial(text.readline, LONGEST_ROW), ""), 1):
+        if len(line) >= LONGEST_ROW:
+            raise ValueError(f"line {number} has more than {LONGEST_ROW:,} characters")
+        yield line
 
 
 _FORMATS: dict[str, Callable[[IO[bytes], str], Iterator[NumberedRow]]] = {
@@ -247,6 +267,8 @@ _FORMATS: dict[str, Callable[[IO[bytes], str], Iterator[NumberedRow]]] = {
 
 
 def _missing_file(path: Path) -> str:
+    if path.exists():
+        return f"{path} is no file of rows but a folder or a device. Name a file."
     if not path.parent.is_dir():
         return f"File {path} does not exist, nor does its folder. Paths start at {Path.cwd()}."
     names = [entry.name for entry in path.parent.iterdir()]

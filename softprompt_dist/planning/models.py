@@ -36,7 +36,7 @@ def _read(name: str, folder: Path) -> Architecture:
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BackboneError(
             f"Cannot read {path}: {error}. --model needs a Hugging Face folder with config.json."
         ) from error

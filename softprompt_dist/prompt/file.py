@@ -1,7 +1,8 @@
 """The prompt file: one safetensors file with the tensor `prompt` [P, D] in fp32 and its metadata.
 
 The metadata is one JSON object under the header's key `softprompt`, so the same prompt with the
-same metadata is the same bytes. What is read is checked first, and nothing is ever unpickled.
+same metadata is the same bytes. What is read is checked first, its size before its content, and
+nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,13 +23,18 @@ from torch import Tensor
 
 from softprompt_dist.durable import replace_file
 from softprompt_dist.errors import PromptFileError
+from softprompt_dist.untrusted import open_regular, parse_json
 
 log = logging.getLogger(__name__)
 
 TENSOR_KEY = "prompt"
 METADATA_KEY = "softprompt"
 MAX_HEADER_BYTES = 1 << 20
+MAX_VALUES = 1 << 28
+"""P x D; 1 GiB. A file may say anything of its shape, and have a hole of that size."""
 _LENGTH_BYTES = 8
+_EXACT = 2**53
+"""Below it every whole number is a float of its own."""
 _BETWEEN_TASKS = " + "
 
 
@@ -113,45 +121,67 @@ def load_prompt(
     _check_header_length(path)
     try:
         with safe_open(path, framework="pt") as file:
-            keys, header = list(file.keys()), file.metadata() or {}
-            if keys != [TENSOR_KEY]:
-                raise PromptFileError(
-                    f"{path} holds the tensors {sorted(keys)[:5]}, but a prompt file holds "
-                    f"{TENSOR_KEY!r} alone."
-                )
+            metadata = _checked_header(path, file)
             prompt_PD = file.get_tensor(TENSOR_KEY).clone()
-    except (SafetensorError, OSError) as error:
-        raise PromptFileError(f"{path} is not a whole safetensors file: {error}") from error
-    metadata = _read_metadata(path, header)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise PromptFileError(
+            f"{path} is not a whole safetensors file: {error}. Copy it again, or use another."
+        ) from error
     _check_tensor(path, prompt_PD, metadata)
     _check_backbone(path, metadata, backbone_fingerprint, force=force)
     return prompt_PD, metadata
 
 
+def _checked_header(path: Path, file: Any) -> PromptMetadata:
+    """The metadata of an open file, whose tensor is as they say; nothing of it is read yet."""
+    keys = list(file.keys())
+    if keys != [TENSOR_KEY]:
+        raise PromptFileError(
+            f"{path} holds the tensors {sorted(keys)[:5]!r:.300}, but a prompt file holds "
+            f"{TENSOR_KEY!r} alone. Use a file that `softprompt train` wrote."
+        )
+    metadata = _read_metadata(path, file.metadata() or {})
+    stored = file.get_slice(TENSOR_KEY)
+    _check_form(path, stored.get_dtype(), tuple(stored.get_shape()), metadata)
+    return metadata
+
+
 def _check_header_length(path: Path) -> None:
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             header_bytes = int.from_bytes(file.read(_LENGTH_BYTES), "little")
     except OSError as error:
-        raise PromptFileError(f"Cannot read prompt file {path}: {error.strerror}.") from error
+        raise PromptFileError(
+            f"Cannot read prompt file {path}: {error.strerror or error}. Name a file that "
+            "`softprompt train` wrote."
+        ) from error
+    if size > _LENGTH_BYTES + MAX_HEADER_BYTES + 4 * MAX_VALUES:
+        raise PromptFileError(
+            f"{path} has {size:,} bytes, and a prompt file up to {MAX_VALUES:,} values of 4 bytes. "
+            "Use a file that `softprompt train` wrote."
+        )
     if header_bytes > MAX_HEADER_BYTES or size < _LENGTH_BYTES + header_bytes:
         raise PromptFileError(
             f"{path} ({size} bytes) is not a prompt file, or only a part of one. Prompt files are "
-            "safetensors; pickled ones (.pt, .bin, .pkl) are never read."
+            "safetensors; pickled ones (.pt, .bin, .pkl) are never read. Copy it again, or use one "
+            "that `softprompt train` wrote."
         )
 
 
 def _read_metadata(path: Path, header: dict[str, str]) -> PromptMetadata:
     try:
-        values = dict(json.loads(header[METADATA_KEY]))
-        return PromptMetadata(
-            **{field.name: _typed(values, field) for field in dataclasses.fields(PromptMetadata)}
-        )
+        values = parse_json(header[METADATA_KEY])
+        if not isinstance(values, dict):
+            raise TypeError(f"it is no object but a {type(values).__name__}")
+        fields = {field.name: field for field in dataclasses.fields(PromptMetadata)}
+        if unknown := sorted({*values} - {*fields}):
+            raise ValueError(f"it has unknown keys: {', '.join(unknown)!r:.200}")
+        return PromptMetadata(**{name: _typed(values, field) for name, field in fields.items()})
     except (KeyError, TypeError, ValueError) as error:
         raise PromptFileError(
-            f"{path} is a safetensors file without the metadata of a prompt file ({error!r}). "
-            "Use a file that `softprompt train` wrote."
+            f"{path} is a safetensors file without the metadata of a prompt file that this release "
+            f"knows ({error!r:.500}). Use a file that `softprompt train` wrote."
         ) from error
 
 
@@ -160,23 +190,36 @@ def _typed(values: dict[str, Any], field: dataclasses.Field[Any]) -> Any:
         return field.default
     value = values[field.name]
     # Annotations are strings here. A whole number is a float too; a bool is no number.
-    if field.type == "float" and type(value) is int:
+    if field.type == "float" and type(value) is int and abs(value) < _EXACT:
         return float(value)
     if type(value).__name__ != field.type:
-        raise TypeError(f"{field.name} is {value!r}, not a {field.type}")
+        raise TypeError(f"{field.name} is {value!r:.80}, not a {field.type}")
+    if field.type == "int" and not 0 <= value < _EXACT:
+        raise ValueError(f"{field.name} is not between 0 and 2 ** 53")
+    if field.type == "float" and not math.isfinite(value):
+        raise ValueError(f"{field.name} is {value}")
     return value
 
 
-def _check_tensor(path: Path, prompt_PD: Tensor, metadata: PromptMetadata) -> None:
+def _check_form(path: Path, dtype: str, shape: tuple[int, ...], metadata: PromptMetadata) -> None:
     expected = (metadata.prompt_length, metadata.d_model)
-    if prompt_PD.dtype != torch.float32 or tuple(prompt_PD.shape) != expected or 0 in expected:
+    if dtype != "F32" or shape != expected or not 0 < math.prod(shape) <= MAX_VALUES:
         raise PromptFileError(
-            f"{path}: the prompt is {tuple(prompt_PD.shape)} in {prompt_PD.dtype}, but must be "
-            f"{expected}, as its metadata says, in torch.float32."
+            f"{path}: the prompt is {shape!r:.100} in {dtype}, but must be {expected}, as its "
+            f"metadata says, of up to {MAX_VALUES:,} values in float32 (F32). Use a file that "
+            "`softprompt train` wrote."
         )
+
+
+def _check_tensor(path: Path, prompt_PD: Tensor, metadata: PromptMetadata) -> None:
+    dtype = "F32" if prompt_PD.dtype == torch.float32 else str(prompt_PD.dtype)
+    _check_form(path, dtype, tuple(prompt_PD.shape), metadata)
     num_bad = int((~torch.isfinite(prompt_PD)).sum())
     if num_bad:
-        raise PromptFileError(f"{path}: {num_bad} values of the prompt are NaN or infinite.")
+        raise PromptFileError(
+            f"{path}: {num_bad} values of the prompt are NaN or infinite, and all must be numbers. "
+            "Use another prompt."
+        )
 
 
 def _check_backbone(

@@ -22,10 +22,16 @@ from torch import Tensor
 
 from softprompt_dist.durable import FileDigest, digest_of
 from softprompt_dist.errors import CheckpointError
+from softprompt_dist.names import is_name
 from softprompt_dist.run.random_state import joined_random_states
+from softprompt_dist.untrusted import parse_json, read_bounded
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+_MAX_DOCUMENT_BYTES = 1 << 26
+_LIMIT = 2**63
+_LONGEST_REASON = 300
 
 FORMAT_VERSION = 1
 TENSORS = "state.safetensors"
@@ -108,10 +114,12 @@ def malformed_is_invalid(
             raise InvalidCheckpointError(
                 f"{Path(error.filename or folder).name}: {error.strerror}"
             ) from error
-        except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
             raise InvalidCheckpointError(
-                f"it is malformed ({type(error).__name__}: {error})"
+                f"it is malformed ({type(error).__name__}: {str(error)[:_LONGEST_REASON]})"
             ) from error
+        except SafetensorError as error:
+            raise InvalidCheckpointError(f"it is malformed ({error})") from error
 
     return reading
 
@@ -125,21 +133,25 @@ def read_manifest(folder: Path, kind: str) -> dict[str, FileDigest]:
         CheckpointError: a later release wrote it, or a run of another kind.
         PermissionError: it may not be read.
     """
-    manifest = json.loads((folder / MANIFEST).read_bytes())
-    if manifest["format_version"] > FORMAT_VERSION:
+    if folder.is_symlink():
+        raise InvalidCheckpointError("it is a symbolic link, and its files may be another run's")
+    manifest = parse_json(read_bounded(_own_file(folder, MANIFEST), _MAX_DOCUMENT_BYTES))
+    if _whole(manifest["format_version"]) > FORMAT_VERSION:
         raise CheckpointError(
             f"{folder} has checkpoint format {manifest['format_version']}; this release reads "
             f"{FORMAT_VERSION}. Install the release that wrote it, or pass --fresh."
         )
     if manifest.get("kind", TUNING) != kind:
         raise CheckpointError(
-            f"The checkpoint of step {manifest['step']} belongs to another run: saved by "
-            f"softprompt {manifest.get('kind', TUNING)}, now {kind}. Use another --run-dir, or "
-            "--fresh to set the old run aside."
+            f"The checkpoint of step {manifest['step']!r:.40} belongs to another run: saved by "
+            f"softprompt {manifest.get('kind', TUNING)!s:.40}, now {kind}. Use another --run-dir, "
+            "or --fresh to set the old run aside."
         )
-    check_step(folder, manifest["step"])
+    check_step(folder, _whole(manifest["step"]))
+    for name in manifest["files"]:
+        _own_file(folder, name)
     files = manifest["files"].items()
-    return {name: FileDigest(int(f["bytes"]), str(f["sha256"])) for name, f in files}
+    return {name: FileDigest(_whole(f["bytes"]), str(f["sha256"])) for name, f in files}
 
 
 def check_step(folder: Path, step: int) -> None:
@@ -150,7 +162,13 @@ def check_step(folder: Path, step: int) -> None:
 
 def read_verified(path: Path, expected: FileDigest) -> bytes:
     """A small file's content, once it is found to be what the manifest says."""
-    content = path.read_bytes()
+    try:
+        content = read_bounded(_own_file(path.parent, path.name), expected.num_bytes)
+    except ValueError:
+        size = path.stat().st_size
+        raise InvalidCheckpointError(
+            f"{path.name} has {size} bytes, not {expected.num_bytes}"
+        ) from None
     check_digest(path, digest_of(content), expected)
     return content
 
@@ -176,12 +194,34 @@ def read_checkpoint(folder: Path) -> CheckpointContent:
     """
     expected = read_manifest(folder, TUNING)
     files = {n: read_verified(folder / n, expected[n]) for n in (TENSORS, RANDOM_STATES, STATE)}
-    document = json.loads(files[STATE])
-    check_step(folder, document["step"])
+    document = parse_json(files[STATE])
+    check_step(folder, _whole(document["step"]))
+    tensors = safetensors.torch.load(files[TENSORS])
+    _check_finite(tensors)
     return CheckpointContent(
         document["step"],
-        safetensors.torch.load(files[TENSORS]),
-        document["state"],
-        document["world_size"],
+        tensors,
+        {**document["state"]},
+        _whole(document["world_size"]),
         safetensors.torch.load(files[RANDOM_STATES]),
     )
+
+
+def _own_file(folder: Path, name: str) -> Path:
+    """A file of the checkpoint, which lies in its folder and nowhere else."""
+    path = folder / name
+    if not is_name(name) or path.is_symlink():
+        raise InvalidCheckpointError(f"{name!r:.80} is a link, or no name of a file in it")
+    return path
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < _LIMIT:
+        raise ValueError(f"{value!r:.40} is no whole number from 0 on")
+    return value
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise InvalidCheckpointError(f"{name} has values that are NaN or infinite")

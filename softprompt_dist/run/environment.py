@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import subprocess
 import sys
-from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +15,7 @@ import torch
 
 import softprompt_dist
 from softprompt_dist.parallel import ranks
+from softprompt_dist.redaction import redact_command
 
 PACKAGES = (
     "torch",
@@ -31,11 +30,6 @@ PACKAGES = (
     "tensorboard",
     "gguf",
 )
-REDACTED = "<redacted>"
-
-# "tokens" and "tokenizer" are settings of ours, not secrets.
-_SECRET_KEY = re.compile(r"token(?!s\b|i[sz])|key|secret|passw|credential", re.IGNORECASE)
-_SECRET_VALUE = re.compile(r"(?<=://)[^/@\s]+(?=@)|\b(?:hf|ghp|sk)[_-][A-Za-z0-9_-]{16,}")
 
 
 def describe_environment() -> dict[str, Any]:
@@ -62,26 +56,6 @@ def describe_environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "gpus": _gpus(),
     }
-
-
-def redact_command(arguments: Sequence[str]) -> list[str]:
-    """The command line with the values of secret-looking options and variables replaced.
-
-    `--hub-token x`, `HF_TOKEN=x`, `https://user:x@host` and the usual shapes of access tokens.
-    """
-    redacted: list[str] = []
-    next_is_secret = False
-    for argument in arguments:
-        key, equals, _ = argument.partition("=")
-        secret = bool(_SECRET_KEY.search(key))
-        if next_is_secret and not argument.startswith("-"):
-            redacted.append(REDACTED)
-        elif equals and secret:
-            redacted.append(f"{key}={REDACTED}")
-        else:
-            redacted.append(_SECRET_VALUE.sub(REDACTED, argument))
-        next_is_secret = secret and not equals and argument.startswith("--")
-    return redacted
 
 
 def _version(package: str) -> str | None:

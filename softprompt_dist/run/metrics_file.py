@@ -58,7 +58,7 @@ def points(
 def _parse(text: str) -> dict[str, Any] | None:
     try:
         line = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     is_ours = isinstance(line, dict) and isinstance(line.get("step"), int) and "kind" in line
     return line if is_ours else None

@@ -152,6 +152,6 @@ def _values(line: bytes) -> dict[str, Any] | None:
     """None where the line is torn."""
     try:
         values = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return values if isinstance(values, dict) else None

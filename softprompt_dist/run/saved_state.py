@@ -44,6 +44,15 @@ _FREE_TO_CHANGE: dict[str, Any] = {
 fingerprint decides."""
 
 
+_COUNTERS = (
+    "step",
+    "examples_consumed",
+    "best_step",
+    "validations_without_gain",
+    "validated_step",
+)
+
+
 @dataclass
 class TuningState:
     """What changes during a run, besides the prompt and its optimizer."""
@@ -110,6 +119,7 @@ def restore(run: TuningRun, checkpoint: Checkpoint | None) -> TuningState:
         return TuningState(best_prompt_PD=run.prompt.weight.detach().clone())
     values, tensors = checkpoint.state, checkpoint.tensors
     ranks.together(lambda: _check_belongs(run, checkpoint))
+    ranks.together(lambda: _check_forms(run, checkpoint))
     with torch.no_grad():
         run.prompt.weight.copy_(tensors["prompt"])
     optimizer_from_tensors(
@@ -120,21 +130,14 @@ def restore(run: TuningRun, checkpoint: Checkpoint | None) -> TuningState:
             if name.startswith(_OPTIMIZER_PREFIX)
         },
     )
-    checkpoint.restore_rng()
+    ranks.together(lambda: _restore_rng(checkpoint))
     assert_equal_on_all_ranks(run.prompt.weight, "The prompt of the checkpoint")
+    if checkpoint.step == 0:  # of a run whose first loss was not finite: all is to be done again
+        return TuningState(best_prompt_PD=run.prompt.weight.detach().clone())
     return TuningState(
         best_prompt_PD=tensors["best_prompt"].to(run.prompt.weight.device),
-        **{
-            name: values[name]
-            for name in (
-                "step",
-                "examples_consumed",
-                "best_score",
-                "best_step",
-                "validations_without_gain",
-                "validated_step",
-            )
-        },
+        best_score=values["best_score"],
+        **{name: values[name] for name in _COUNTERS},
     )
 
 
@@ -156,17 +159,46 @@ def _check_belongs(run: TuningRun, checkpoint: Checkpoint) -> None:
     then = {
         "backbone fingerprint": values.get("backbone_fingerprint"),
         "data": values.get("data_digests"),
-        **_flat(values.get("recipe", {})),
+        **_flat(recipe if isinstance(recipe := values.get("recipe"), dict) else {}),
     }
     different = [key for key in now if now[key] != then.get(key)]
     if different:
         lines = "\n".join(
-            f"  - {key}: saved {then.get(key)!r}, now {now[key]!r}" for key in different
+            f"  - {key}: saved {then.get(key)!r:.300}, now {now[key]!r}" for key in different
         )
         raise CheckpointError(
             f"The checkpoint of step {checkpoint.step} belongs to another run:\n{lines}\n"
             "Use the saved values, another --run-dir, or --fresh to set the old run aside."
         )
+
+
+def _check_forms(run: TuningRun, checkpoint: Checkpoint) -> None:
+    """What can be wrong though every checksum is right: somebody else made the checkpoint."""
+    wrong = [
+        name
+        for name in ("prompt", "best_prompt")
+        if (found := checkpoint.tensors.get(name)) is None
+        or (found.shape, found.dtype) != (run.prompt.weight.shape, torch.float32)
+    ]
+    wrong += [n for n in _COUNTERS if type(checkpoint.state.get(n)) is not int]
+    if not isinstance(checkpoint.state.get("best_score"), int | float | None):
+        wrong.append("best_score")
+    if wrong:
+        raise _not_of_train(checkpoint, ", ".join(wrong))
+
+
+def _restore_rng(checkpoint: Checkpoint) -> None:
+    try:
+        checkpoint.restore_rng()
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise _not_of_train(checkpoint, "the random states") from error
+
+
+def _not_of_train(checkpoint: Checkpoint, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"The checkpoint of step {checkpoint.step} is whole, but `softprompt train` did not write "
+        f"it: {what} cannot be used. Resume another one, or pass --fresh to set it aside."
+    )
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -12,12 +12,13 @@ from softprompt_dist.data.tasks import TaskData
 from softprompt_dist.durable import replace_file
 from softprompt_dist.errors import ConfigError
 from softprompt_dist.metrics.table import markdown_table
+from softprompt_dist.names import name_of
 from softprompt_dist.parallel import ranks
 from softprompt_dist.run.evaluation_report import evaluation_result
 from softprompt_dist.run.judgement import FLOORS, Evaluation, Judgement
 from softprompt_dist.run.loaded_task import LoadedTask, TextReader
 from softprompt_dist.run.report import interval_text
-from softprompt_dist.task_config import TransferConfig, folder_name
+from softprompt_dist.task_config import TransferConfig
 
 
 def transfer_target(
@@ -68,7 +69,7 @@ class Domain:
     @property
     def folder(self) -> str:
         """Where its own report lies, below the run's directory."""
-        name = folder_name(self.evaluation.task)
+        name = name_of(self.evaluation.task)
         return f"{'tasks' if self.is_tuned else 'transfer'}/{name}-{self.evaluation.split}"
 
     @property

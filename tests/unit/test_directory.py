@@ -4,8 +4,9 @@ import os
 import pytest
 
 from softprompt_dist.errors import MachineError
+from softprompt_dist.redaction import REDACTED, redact_command
 from softprompt_dist.run.directory import RunDirectory
-from softprompt_dist.run.environment import REDACTED, describe_environment, redact_command
+from softprompt_dist.run.environment import describe_environment
 
 
 def test_it_makes_the_folders_and_records_every_attempt(tmp_path):

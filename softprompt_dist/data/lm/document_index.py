@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from softprompt_dist.data.lm.token_source import IdArray, TokenSource
+from softprompt_dist.errors import DataError
 
 DOCUMENTS_PER_BLOCK = 256  # 12 MB of block starts for the 365 million documents of C4
 BLOCKS_AT_A_TIME = 4096
@@ -42,6 +43,7 @@ class DocumentIndex:
         step = DOCUMENTS_PER_BLOCK * BLOCKS_AT_A_TIME
         for first in range(0, source.num_documents, step):
             offsets = source.offsets(first, min(first + step, source.num_documents))
+            _check(offsets, source.num_tokens)
             units = units_of(np.diff(offsets))
             sums.append(np.add.reduceat(units, np.arange(0, len(units), DOCUMENTS_PER_BLOCK)))
         self._block_starts = np.cumsum(np.concatenate(sums))
@@ -79,3 +81,12 @@ class DocumentIndex:
             row[: len(offsets)] = offsets
             row[len(offsets) :] = offsets[-1]
         return offsets_UD
+
+
+def _check(offsets: IdArray, num_tokens: int) -> None:
+    """They come from a file, whose checksum not every run compares."""
+    if offsets[0] < 0 or offsets[-1] > num_tokens or (np.diff(offsets) < 0).any():
+        raise DataError(
+            "The offsets of a corpus run backwards, or beyond its tokens: it is damaged. Compare "
+            "its checksums (verify_corpus: true), then copy it again or build it anew."
+        )

@@ -106,9 +106,10 @@ def _text_of_line(line: bytes, _: str) -> str:
 def _text_of_json(line: bytes, field_name: str) -> str:
     if not line.strip():
         return ""
+    text = _decoded(line)
     try:
-        row = json.loads(_decoded(line))
-    except (json.JSONDecodeError, RecursionError) as error:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise _NotADocumentError(f"is not JSON ({error})") from error
     if not isinstance(row, dict):
         raise _NotADocumentError(f"is not a JSON object of fields but a {type(row).__name__}")

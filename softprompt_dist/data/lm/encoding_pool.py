@@ -12,7 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import active_children, connection, get_context, parent_process
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ import numpy.typing as npt
 from softprompt_dist.data.lm.documents import BadRow, RawRows, documents_of
 from softprompt_dist.data.lm.encoding import Encoder, EncoderSpec
 from softprompt_dist.errors import MachineError
+from softprompt_dist.parallel import polling, stop
 
 IdArray = npt.NDArray[np.int64]
 
@@ -82,35 +83,56 @@ def encoding_in_order(
 
     Raises:
         MachineError: while iterating: a worker was killed.
+        StoppedError: while iterating: somebody listens (`polling`), and there was a signal.
     """
     if workers == 1:
         encode = spec.encoder()
-        yield (encode_rows(raw, encode) for raw in batches)
+        yield _polled(encode_rows(raw, encode) for raw in batches)
         return
     # Not forked: the process may have threads, of tokenizers or of a device.
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (spec,))
+    others = set(active_children())
     try:
-        yield _in_order(pool, batches, workers)
+        yield _polled(_in_order(pool, batches, workers))
+    except BrokenProcessPool as error:
+        # The pool would end the workers that are left by a signal that they ignore.
+        for worker in set(active_children()) - others:
+            worker.kill()
+        raise MachineError(
+            f"One of {workers} processes that tokenise was killed, perhaps for memory. What was "
+            f"built stays: start the same command again with fewer --workers."
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _polled(encoded: Iterator[EncodedRows]) -> Iterator[EncodedRows]:
+    for rows in encoded:
+        polling.poll()
+        yield rows
 
 
 def _in_order(pool: Executor, batches: Iterable[RawRows], workers: int) -> Iterator[EncodedRows]:
     remaining = iter(batches)
     waiting: deque[Future[EncodedRows]] = deque()
-    try:
-        waiting.extend(
-            pool.submit(_encode_here, raw) for raw in islice(remaining, _AHEAD * workers)
-        )
-        while waiting:
-            encoded = waiting.popleft().result()
+    with _signals_held_back():
+        first = islice(remaining, _AHEAD * workers)
+        waiting.extend(pool.submit(_encode_here, raw) for raw in first)
+    while waiting:
+        encoded = waiting.popleft().result()
+        with _signals_held_back():
             waiting.extend(pool.submit(_encode_here, raw) for raw in islice(remaining, 1))
-            yield encoded
-    except BrokenProcessPool as error:
-        raise MachineError(
-            f"One of {workers} processes that tokenise was killed, perhaps for memory. What was "
-            f"built stays: start the same command again with fewer --workers."
-        ) from error
+        yield encoded
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """From processes that are started here, until they can ignore them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, stop.SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Worker:
@@ -119,6 +141,8 @@ class _Worker:
 
 def _start_worker(spec: EncoderSpec) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to report
+    stop.ignore_in_child()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, stop.SIGNALS)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _Worker.encode = staticmethod(spec.encoder())

@@ -12,10 +12,14 @@ from pydantic import ValidationError
 
 from softprompt_dist.durable import replace_file
 from softprompt_dist.errors import DataError
+from softprompt_dist.names import Name
 from softprompt_dist.section import NotNegative, Positive, Section
+from softprompt_dist.untrusted import parse_json, read_bounded
 
 MANIFEST = "manifest.json"
 VERSION = 1
+_MAX_BYTES = 1 << 28
+"""Of a million shards."""
 
 
 class TokenizerRecord(Section):
@@ -55,7 +59,8 @@ class Counts(Section):
 class ShardRecord(Counts):
     """A shard, and the rows that were read for it."""
 
-    name: str
+    name: Name
+    """Of its files, without their endings."""
     tokens_sha256: str
     offsets_sha256: str
 
@@ -105,14 +110,16 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        values = json.loads(path.read_bytes())
+        values = parse_json(read_bounded(path, _MAX_BYTES))
         if isinstance(values, dict) and values.get("version", VERSION) != VERSION:
             raise DataError(
-                f"{path} has version {values['version']}, and this release reads {VERSION}. "
+                f"{path} has version {values['version']!r:.40}, and this release reads {VERSION}. "
                 f"Build the corpus again with this release."
             )
+        if not isinstance(values, dict):
+            raise ValueError(f"it is no object but a {type(values).__name__}")
         manifest = Manifest.model_validate({"part": None} | values)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError) as error:
         if isinstance(error, ValidationError):
             first = error.errors()[0]
             said = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"

@@ -16,6 +16,7 @@ from typing import IO, Any
 from softprompt_dist.data.lm.manifest import ShardRecord
 from softprompt_dist.durable import cut_file, extend_file, replace_file
 from softprompt_dist.errors import DataError
+from softprompt_dist.untrusted import parse_json
 
 PROGRESS = "building.jsonl"
 
@@ -54,18 +55,36 @@ class ProgressFile:
         if not lines:
             replace_file(self._path, _line(plan))
             return Progress()
-        if difference := _first_difference(json.loads(_line(plan)), json.loads(lines[0])):
+        documents = [self._parsed(line) for line in lines]
+        if difference := _first_difference(json.loads(_line(plan)), documents[0]):
             raise DataError(
                 f"{self._path.parent} holds an interrupted build of something else: {difference}. "
                 f"Start the same command as then, choose another folder, or delete this one."
             )
         cut_file(self._path, sum(map(len, lines)))
-        shards = [json.loads(line) for line in lines[1:]]
+        shards = documents[1:]
         if not shards:
             return Progress()
-        return Progress(
-            tuple(ShardRecord.model_validate(values["shard"]) for values in shards),
-            Cursor(**shards[-1]["cursor"]),
+        try:
+            return Progress(
+                tuple(ShardRecord.model_validate(values["shard"]) for values in shards),
+                Cursor(**shards[-1]["cursor"]),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise self._damaged(error) from error
+
+    def _parsed(self, line: bytes) -> dict[str, Any]:
+        try:
+            values = parse_json(line)
+        except ValueError as error:
+            raise self._damaged(error) from error
+        if not isinstance(values, dict):
+            raise self._damaged(TypeError("a line is no object"))
+        return values
+
+    def _damaged(self, error: Exception) -> DataError:
+        return DataError(
+            f"{self._path} is damaged ({error!s:.300}). Delete {self._path.parent} and build anew."
         )
 
     def add(self, shard: ShardRecord, cursor: Cursor) -> None:

@@ -19,6 +19,7 @@ from typing import IO, Any, Protocol, cast
 from softprompt_dist.data.downloads import file_sha256
 from softprompt_dist.data.lm.documents import RawRows, RowFormat
 from softprompt_dist.errors import DataError
+from softprompt_dist.untrusted import open_regular
 
 BATCH_BYTES = 1 << 20
 """Of text that one worker gets at a time; has no influence on what is built."""
@@ -104,7 +105,7 @@ class FileSource:
             yield from read(number, first_row)
 
     def _lines(self, number: int, first_row: int) -> Iterator[RawRows]:
-        with self.path.open("rb") as file:
+        with open_regular(self.path) as file:
             unpack = _PACKED.get(self.path.suffix)
             unpacked = cast("IO[bytes]", unpack(file)) if unpack else file
             lines = islice(_lines_of(unpacked, self.name), first_row - 1, None)
