@@ -79,6 +79,7 @@ def forge(folder: Path, **files: bytes) -> None:
 # Pickles
 
 
+@pytest.mark.drill("D34")
 def test_pickles_are_read_by_no_reader(
     payload: Any, checkpoint: Path, tmp_path: Path, said: Said
 ) -> None:
@@ -104,6 +105,7 @@ def test_pickles_are_read_by_no_reader(
 # Prompts
 
 
+@pytest.mark.drill("D34")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -172,6 +174,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path, kind: str) -> None:
 # Checkpoints
 
 
+@pytest.mark.drill("D34")
 @pytest.mark.parametrize(
     ("files", "message"),
     [
@@ -193,6 +196,7 @@ def test_forged_checkpoints_are_refused(
         read_checkpoint(checkpoint)
 
 
+@pytest.mark.drill("D34")
 def test_a_checkpoint_is_its_own_files_and_no_links(checkpoint: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     shutil.move(checkpoint, elsewhere)
@@ -208,6 +212,7 @@ def test_a_checkpoint_is_its_own_files_and_no_links(checkpoint: Path, tmp_path: 
             read_checkpoint(checkpoint)
 
 
+@pytest.mark.drill("D34")
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -68,6 +68,7 @@ def test_a_manifest_names_files_of_its_folder_only(tmp_path: Path, name: str) ->
         read_manifest(folder, TUNING)
 
 
+@pytest.mark.drill("D34")
 def test_a_name_in_a_recipe_runs_nothing_and_writes_nothing(
     said: Said, tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,6 +95,7 @@ def test_labels_that_would_confuse_a_reader_are_refused(label: str) -> None:
         check_values(TuneConfig, {"task": {"name": label}})
 
 
+@pytest.mark.drill("D34")
 def test_links_do_not_lead_out_of_a_run_directory(tmp_path: Path) -> None:
     run, outside = tmp_path / "run", tmp_path / "outside"
     run.mkdir()

@@ -84,6 +84,7 @@ def assert_known_kinds(folder: Path) -> None:
     assert kinds - KINDS == set()
 
 
+@pytest.mark.drill("D35", "D36")
 @pytest.mark.usefixtures("planted", "strict_umask", "lone_process")
 def test_a_tuning_and_its_evaluation_leave_no_secret(
     said: Said, tiny_recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -101,6 +102,7 @@ def test_a_tuning_and_its_evaluation_leave_no_secret(
     assert_known_kinds(folder)
 
 
+@pytest.mark.drill("D35", "D36")
 @pytest.mark.usefixtures("planted", "strict_umask", "world_of_adaptations")
 def test_an_adaptation_leaves_no_secret(
     said: Said, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -114,6 +116,7 @@ def test_an_adaptation_leaves_no_secret(
     assert_known_kinds(folder)
 
 
+@pytest.mark.drill("D35")
 @pytest.mark.usefixtures("planted", "lone_process")
 def test_a_run_that_fails_says_no_secret(said: Said, tiny_recipe: Path, tmp_path: Path) -> None:
     rows = [{"text": "an apple", "label": VARIABLES["HF_TOKEN"]}, *runs.make_rows(9, 0)]
