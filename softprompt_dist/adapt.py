@@ -10,12 +10,15 @@ import argparse
 import gc
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from softprompt_dist.adapt_config import AdaptConfig
-from softprompt_dist.adapt_stages import choose_stages, load_stages
+from softprompt_dist.adapt_stages import STAGES, choose_stages, load_stages
 from softprompt_dist.errors import ConfigError
+from softprompt_dist.lifecycle.ownership import begin_in, refuse_if_in_use
+from softprompt_dist.parallel import stop
 from softprompt_dist.parallel.verb import VerbParser, run_verb
-from softprompt_dist.recipe import to_yaml
+from softprompt_dist.recipe import read_recipe, to_yaml
 
 
 def build_parser() -> VerbParser:
@@ -37,13 +40,10 @@ def build_parser() -> VerbParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the verb; see `build_parser`."""
+    stop.listen()  # before anything slow: a cluster may take the machine back while we load
     options = build_parser().parse_args(argv)
-    if options.recipe is None:
-        raise ConfigError("softprompt adapt needs --recipe, such as --recipe paper-512-512.")
-    overrides = list(options.overrides)
-    if options.steps is not None:
-        overrides.append(f"steps={options.steps}")
-    stages = choose_stages(load_stages(options.recipe, overrides, options.run_dir), options.stage)
+    every = _all_stages(options)
+    stages = choose_stages(every, options.stage)
     if options.export and len(stages) > 1:
         raise ConfigError(
             f"--export writes one stage, but {options.recipe} has {len(stages)}. Add --stage NAME."
@@ -59,41 +59,87 @@ def main(argv: Sequence[str] | None = None) -> None:
         if ranks.is_main():
             print("---\n".join(map(to_yaml, stages)), end="")
         return
+    folder, _ = _folder_of_run(options.recipe, every)
+    if options.export:
+        stop.forget()  # there is nothing to save: a signal ends this as it does any command
+        refuse_if_in_use(folder)  # a run that goes on removes what is read here
+    else:
+        begin_in(folder)
     join_world(debug=options.debug)
     # Numbers too small to matter slow a CPU down tenfold.
     torch.set_flush_denormal(True)
-    if options.fresh and not options.export:
-        ranks.on_main(lambda: _check_free(stages))
-    for number, config in enumerate(stages):
-        # A run that has begun may not have come to its later stages yet.
-        if not _run(config, options, must_resume=options.resume and number == 0):
-            break
-        gc.collect()
+    if options.export:
+        _export(stages[0], options)
+    else:
+        _adapt(every, stages, options)
     leave_world()
 
 
-def _run(config: AdaptConfig, options: argparse.Namespace, *, must_resume: bool) -> bool:
-    """All ranks: one stage; whether the next may begin."""
+def _all_stages(options: argparse.Namespace) -> list[AdaptConfig]:
+    if options.recipe is None:
+        raise ConfigError("softprompt adapt needs --recipe, such as --recipe paper-512-512.")
+    overrides = list(options.overrides)
+    if options.steps is not None:
+        overrides.append(f"steps={options.steps}")
+    return load_stages(options.recipe, overrides, options.run_dir)
+
+
+def _folder_of_run(recipe: str, every: Sequence[AdaptConfig]) -> tuple[Path, str]:
+    """Of all stages together, each of which has its own folder in it; and the run's name."""
+    own, name = Path(str(every[0].run_directory)), every[0].name
+    if STAGES not in read_recipe(recipe):
+        return own, name
+    return own.parent, name.removesuffix(f"-{own.name}")
+
+
+def _adapt(
+    every: Sequence[AdaptConfig], stages: Sequence[AdaptConfig], options: argparse.Namespace
+) -> None:
+    """All ranks: the stages that were chosen of all that there are."""
+    from softprompt_dist.adaptation.session import adapt_stage, set_aside
+    from softprompt_dist.lifecycle.attempt import Attempt
+
+    first = every.index(stages[0])
+    before = sum(config.steps for config in every[:first])
+    total = before + sum(config.steps for config in stages)
+    folder, name = _folder_of_run(options.recipe, every)
+    facts = {"verb": "adapt", "name": name, "steps": total}
+    with Attempt(folder, stages[0].health, facts) as attempt:
+        attempt.steps_before = before
+        if options.fresh:
+            set_aside(stages, attempt)
+        for number, stage in enumerate(stages):
+            config, ds_config = _with_ds_config(stage, options)
+            attempt.health = config.health
+            attempt.note(stage=config.name)
+            # A run that has begun may not have come to its later stages yet.
+            must_resume = options.resume and number == 0
+            adapt_stage(config, ds_config, attempt, must_resume=must_resume)
+            attempt.steps_before += config.steps
+            gc.collect()
+        attempt.finish(0)
+
+
+def _export(stage: AdaptConfig, options: argparse.Namespace) -> None:
+    """All ranks: the newest checkpoint of a stage."""
+    from softprompt_dist.adaptation.session import export_newest
+
+    config, ds_config = _with_ds_config(stage, options)
+    export_newest(config, ds_config, options.export)
+
+
+def _with_ds_config(
+    config: AdaptConfig, options: argparse.Namespace
+) -> tuple[AdaptConfig, dict[str, Any] | None]:
+    """All ranks: a stage, and the ds_config that was applied to it."""
     from softprompt_dist.adaptation.engine_config import apply_ds_config, read_ds_config
-    from softprompt_dist.adaptation.session import adapt, export_newest
     from softprompt_dist.parallel import ranks
 
     path = options.deepspeed_config
-    ds_config = ranks.together(lambda: read_ds_config(path)) if path else None
-    if ds_config is not None:
-        config = ranks.together(lambda: apply_ds_config(config, ds_config))
-    if options.export:
-        export_newest(config, ds_config, options.export)
-        return True
-    return adapt(config, ds_config, fresh=options.fresh, must_resume=must_resume)
-
-
-def _check_free(stages: Sequence[AdaptConfig]) -> None:
-    """Before any checkpoint is set aside, and not after the stages before."""
-    from softprompt_dist.adaptation.exporting import check_free
-
-    for config in stages:
-        check_free(config, Path(str(config.run_directory)))
+    if not path:
+        return config, None
+    ds_config = ranks.together(lambda: read_ds_config(path))
+    return ranks.together(lambda: apply_ds_config(config, ds_config)), ds_config
 
 
 def _folder(text: str) -> Path:

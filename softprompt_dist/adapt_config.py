@@ -67,6 +67,14 @@ class ExportConfig(Section):
     """Larger weights are split over several files, with an index."""
 
 
+class AdaptCheckpointConfig(CheckpointConfig):
+    """What is saved for a resume, and how."""
+
+    background: bool = True
+    """Train on while a checkpoint is written, from a copy in the nodes' memory: 4 bytes a weight
+    and the optimizer's state, dealt over the ranks. false where memory is short."""
+
+
 class AdaptConfig(Section):
     """Everything `softprompt adapt` needs: all weights of a language model, on plain text."""
 
@@ -124,7 +132,7 @@ class AdaptConfig(Section):
     """Both count rows."""
     log_every_steps: Positive = 10
     evaluation: AdaptEvaluationConfig = AdaptEvaluationConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    checkpoint: AdaptCheckpointConfig = AdaptCheckpointConfig()
     export: ExportConfig = ExportConfig()
     health: HealthConfig = HealthConfig()
 

@@ -23,6 +23,8 @@ VERBS = {
     "convert": "write a bf16 or int8 copy of a backbone, which loads faster",
     "plan": "choose how to hold a backbone: memory, traffic, time",
     "doctor": "check this machine before a run",
+    "status": "tell whether a run lives, how far it is and why it ended",
+    "slurm": "adapt, tune and evaluate as batch jobs that wait for each other",
 }
 """Name -> what it does; each is the module `softprompt_dist.NAME` with a `main(argv)`."""
 

@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         findings += _between_own_ranks(options, world)
         print(verdict(findings), flush=True)
     else:
-        _between_all_ranks(options, world, findings)
+        _between_all_ranks(options, world, job, findings)
 
 
 def machine_findings(job: Job, world: World) -> list[Finding]:
@@ -154,15 +154,19 @@ def _between_own_ranks(options: argparse.Namespace, world: World) -> list[Findin
     return found
 
 
-def _between_all_ranks(options: argparse.Namespace, world: World, findings: list[Finding]) -> None:
+def _between_all_ranks(
+    options: argparse.Namespace, world: World, job: Job, findings: list[Finding]
+) -> None:
     """All ranks of the launcher, or the only one: talk, then judge together."""
     from softprompt_dist.checks.communication import answer_within, check_communication
+    from softprompt_dist.checks.preflight import check_nodes
     from softprompt_dist.parallel import ranks
     from softprompt_dist.parallel.join import leave_world
 
     try:
         with answer_within(options.timeout):
             found = check_communication(debug=options.debug)
+            found += check_nodes(job.run_directory)
             nodes = ranks.gather_objects((socket.gethostname(), findings))
     except SoftpromptError as error:
         if not ranks.is_main():

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import logging
 import os
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,9 @@ FOLDER_VARIABLE = "SOFTPROMPT_OUTCOME"
 """Where the batch script wants these files, also before Python knows the run directory."""
 RUNNING = "running"
 _LONGEST_REASON = 2000
+_BEGUN = time.time()
+"""When this process began, about."""
+_is_lost: list[Callable[[], bool]] = []
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,12 @@ class OutcomeFiles:
                 f"{self.stop} says that this run must not go on: {reason}. Remove the file to run "
                 "it all the same."
             )
+
+    def forget_earlier_attempts(self) -> None:
+        """Whatever ends this process must not be taken for what ended one before it."""
+        with suppress(OSError):  # there is none, or it is not ours to write: that is told later
+            if self.why.stat().st_mtime < _BEGUN:
+                replace_file(self.why, f"{RUNNING}\n".encode())
 
     def begin(self) -> None:
         """An attempt begins: what it will end like is not known.
@@ -139,10 +150,15 @@ def of_batch_script() -> OutcomeFiles | None:
     return OutcomeFiles(Path(folder)) if folder else None
 
 
+def silent_where(is_lost: Callable[[], bool]) -> None:
+    """From now on `record_failure` says nothing where the folder is another attempt's."""
+    _is_lost[:] = [is_lost]
+
+
 def record_failure(failure: SoftpromptError) -> None:
     """Write `why` for an attempt that ends with `failure`; does nothing where no run is known."""
     files = of_batch_script()
-    if files is None or not failure.outcome:
+    if files is None or not failure.outcome or any(is_lost() for is_lost in _is_lost):
         return
     # The first to speak is nearest to the cause; and a disk that is full has said so already.
     with suppress(OSError):

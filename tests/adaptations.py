@@ -14,8 +14,9 @@ from torch import Tensor
 
 import softprompt_dist
 from softprompt_dist.adapt_config import AdaptConfig
-from softprompt_dist.adaptation import peak, session
+from softprompt_dist.adaptation import loop, peak
 from softprompt_dist.adaptation.run import AdaptationRun, build_run, start
+from softprompt_dist.lifecycle import ownership
 
 TOKENIZER = Path(softprompt_dist.__file__).parent / "assets" / "tiny-t5"
 ARCHITECTURE = {
@@ -27,8 +28,9 @@ LINES = [f"Sentence {i}{' and more' * (i % 7)} is about river number {i * 3}." f
 def make_quick(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     """Leave out what takes long beside a few steps, and has tests of its own."""
     monkeypatch.setenv("SOFTPROMPT_CACHE", str(cache))
-    monkeypatch.setattr(session, "draw_curves", lambda directory: None)
+    monkeypatch.setattr(loop, "draw_curves", lambda directory: None)
     monkeypatch.setattr(peak, "_SECONDS_OF_MEASURING", 0.0)
+    monkeypatch.setattr(ownership, "_SETTLING_SECONDS", 0.0)
 
 
 def recipe_values(folder: Path, **changes: Any) -> dict[str, Any]:

@@ -42,6 +42,7 @@ from softprompt_dist.adaptation.verification import (
 )
 from softprompt_dist.durable import FileDigest, digest_of, explained, write_file
 from softprompt_dist.errors import CheckpointError
+from softprompt_dist.lifecycle.attempt import Attempt
 from softprompt_dist.parallel import ranks
 from softprompt_dist.run.checkpoint_folder import (
     CheckpointFolder,
@@ -117,9 +118,13 @@ class AdaptationCheckpointStore:
     """The checkpoints of one run; the last `keep_last` are kept, and those of `keep_steps`."""
 
     def __init__(
-        self, folder: str | Path, keep_last: int, keep_steps: Collection[int] = ()
+        self,
+        folder: str | Path,
+        keep_last: int,
+        keep_steps: Collection[int] = (),
+        attempt: Attempt | None = None,
     ) -> None:
-        self._checkpoints = CheckpointFolder(Path(folder), keep_last, keep_steps)
+        self._checkpoints = CheckpointFolder(Path(folder), keep_last, keep_steps, attempt)
 
     @property
     def folder(self) -> Path:
@@ -132,17 +137,19 @@ class AdaptationCheckpointStore:
         tensors: Mapping[str, ShardedTensor],
         small: Mapping[str, Tensor],
         state: Mapping[str, Any],
+        own_random_state: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Publish a checkpoint of `step`; all ranks, with equal `small` and JSON-able `state`.
 
-        Every rank's torch generators are saved beside them. A step that is published already, with
-        the same tensors, is left as it is.
+        Every rank's torch generators are saved beside them, as they are now or as
+        `own_random_state` has those of this rank. A step that is published already, with the same
+        tensors, is left as it is.
 
         Raises:
             CheckpointError: on all ranks, when it cannot be written; earlier ones are intact.
         """
         json.dumps(dict(state))  # a value JSON does not know must stop every rank
-        random_states = ranks.gather_objects(random_state())
+        random_states = ranks.gather_objects(dict(own_random_state or random_state()))
         final = self._checkpoints.of_step(step)
         rest = {}
         if ranks.is_main():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from softprompt_dist.adaptation.sharded_adamw import ShardedAdamW
 from softprompt_dist.adaptation.sharded_optimizer import ShardedOptimizer
 from softprompt_dist.data.lm.rows import RowBatch
 from softprompt_dist.errors import NonFiniteLossError
+from softprompt_dist.lifecycle.watchdog import tick
 from softprompt_dist.parallel import ranks
 from softprompt_dist.parallel.host_memory import keep_freed_memory
 
@@ -87,11 +88,17 @@ class AdaptationEngine:
         """All ranks: compute with what was written into the layout's weights."""
         publish_weights(self._engine)
 
-    def update(self, batches: Sequence[RowBatch], learning_rate: float) -> Update:
+    def update(
+        self,
+        batches: Sequence[RowBatch],
+        learning_rate: float,
+        arrive: Callable[[], None] = lambda: None,
+    ) -> Update:
         """All ranks: one update on a global batch, of which `batches` are this rank's.
 
         The loss is the sum over tokens divided by the number of target positions of the global
         batch, a constant, as in T5: gradients do not depend on how the batch is dealt to ranks.
+        `arrive` is called where this rank comes to the first thing that it does with the others.
 
         Raises:
             NonFiniteLossError: on all ranks together; the update was then not made.
@@ -99,7 +106,7 @@ class AdaptationEngine:
         self._engine.train()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        sums = ranks.all_reduce_sum(self._accumulate(batches))
+        sums = ranks.all_reduce_sum(self._accumulate(batches, arrive))
         total, cross_entropy, num_tokens = sums.tolist()
         norm = self._step(total / num_tokens)
         size = self.optimizer.update_size
@@ -126,18 +133,27 @@ class AdaptationEngine:
         logits_BV: Tensor = self._engine(batch.to(ranks.device()), first_only=True)
         return logits_BV
 
-    def _accumulate(self, batches: Sequence[RowBatch]) -> Tensor:
+    def _accumulate(self, batches: Sequence[RowBatch], arrive: Callable[[], None]) -> Tensor:
         """Gradients of all micro-batches; this rank's sums of `Losses` in fp64."""
+        stage = self._engine.zero_optimization_stage()
+        # Stage 3 gathers for the first forward pass, 2 reduces in each backward one, the others in
+        # the last.
+        first_backward_together = 1 if stage == 2 else len(batches)
+        if stage == 3:
+            arrive()
         positions = self.config.batch.global_batch_size * self.config.targets_length
         # DeepSpeed takes the mean over ranks of what is a sum here.
         factor = ranks.world_size() / positions
         sums = torch.zeros(3, dtype=torch.float64, device=ranks.device())
         for number, batch in enumerate(batches, start=1):
             losses = self._engine(batch.to(ranks.device()))
+            if stage < 3 and number == first_backward_together:
+                arrive()
             self._engine.backward(losses.total * factor, scale_wrt_gas=False)
             sums += torch.stack([part.detach().double() for part in losses])
             if number < len(batches):  # the last of them would update the weights
                 self._engine.step()
+            tick()
         return sums
 
     def _step(self, loss: float) -> float:

@@ -6,7 +6,7 @@ import errno
 import json
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,18 +57,20 @@ def check_export_folder(folder: Path, identity: str, steps: int, dtype: torch.dt
     ranks.on_main(lambda: _is_there(folder, identity, steps, dtype))
 
 
-def export_folder(
+def export_folder(  # noqa: PLR0913 - what, where, how, and two that most leave out
     folder: Path,
     tensors: Mapping[str, ShardedTensor],
     model: ExportedModel,
     dtype: torch.dtype,
     *,
     max_shard_bytes: int | None = None,
+    between: Callable[[], None] = lambda: None,
 ) -> None:
     """All ranks: write weights, config, tokenizer, history and model card; all of it, or nothing.
 
     The same export of an earlier attempt is left as it is. The head and the embedding of a model
-    that ties them are one tensor of `tensors`.
+    that ties them are one tensor of `tensors`. `between` is called on all ranks now and then: what
+    it raises there leaves nothing behind.
 
     Raises:
         ConfigError: on all ranks; something else is there.
@@ -90,7 +92,7 @@ def export_folder(
     with _new_folder(folder, refusal) as temporary:
         factors = _factors(model.hf_config)
         weights = WeightFormat(dtype, max_shard_bytes=max_shard_bytes, factors=factors)
-        write_tensors(temporary, tensors, weights, error=refusal)
+        write_tensors(temporary, tensors, weights, error=refusal, between=between)
         num_parameters = sum(tensor.numel for tensor in tensors.values())
         ranks.on_main(
             explained(lambda: _write_rest(temporary, model, dtype, num_parameters), refusal)

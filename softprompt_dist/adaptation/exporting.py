@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -59,13 +59,19 @@ def check_targets(run: AdaptationRun, folder: Path, step: int) -> None:
         check_export_folder(target, _identity(run), step, dtype)
 
 
-def export_run(run: AdaptationRun, folder: Path, measured: dict[str, float]) -> list[Path]:
+def export_run(
+    run: AdaptationRun,
+    folder: Path,
+    measured: dict[str, float],
+    between: Callable[[], None] = lambda: None,
+) -> list[Path]:
     """All ranks: the weights as they are, as `folder` and, in further dtypes, beside it.
 
     Args:
         run: at the step that is exported.
         folder: of the first dtype.
         measured: on the validation text, at this step.
+        between: see `export_folder`.
 
     Returns:
         The folders.
@@ -98,7 +104,7 @@ def export_run(run: AdaptationRun, folder: Path, measured: dict[str, float]) -> 
     for target, dtype in _targets(folder, config):
         shard_bytes = int(config.export.max_shard_gigabytes * 1e9)
         weights = run.engine.layout.weights()
-        export_folder(target, weights, model, dtype, max_shard_bytes=shard_bytes)
+        export_folder(target, weights, model, dtype, max_shard_bytes=shard_bytes, between=between)
         written.append(target)
     return written
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Protocol
 
@@ -28,13 +28,14 @@ def own_share(batches: Iterable[RowBatch]) -> list[RowBatch]:
     return list(islice(batches, ranks.rank(), None, ranks.world_size()))
 
 
-def measure(
+def measure(  # noqa: PLR0913 - all of them the caller's own
     model: MeasuredModel,
     rows: Mapping[str, Sequence[RowBatch]],
     *,
     objective: str,
     sentinel_ids: Collection[int] = (),
     vocabulary_size: int,
+    between: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """All ranks: likelihoods of validation rows in nats per target token, and the sentinel leak.
 
@@ -48,6 +49,7 @@ def measure(
         objective: of the run.
         sentinel_ids: of the tokenizer; empty: there is no leak to measure.
         vocabulary_size: of the tokenizer; the model's may be padded.
+        between: called on all ranks before each batch; what it raises there ends the measurement.
 
     Returns:
         For each objective that has any rows `<objective>_nll`, cross-entropy alone; `z_loss`, what
@@ -57,22 +59,25 @@ def measure(
     measured = {}
     with torch.no_grad():
         for name, batches in rows.items():
-            total, cross_entropy, num_tokens = _summed_losses(model, batches)
+            total, cross_entropy, num_tokens = _summed_losses(model, batches, between)
             if num_tokens:
                 measured[f"{name}_nll"] = cross_entropy / num_tokens
             if num_tokens and name == objective:
                 measured["z_loss"] = (total - cross_entropy) / num_tokens
         if sentinel_ids and "prefix_lm" in rows:
             ids = torch.tensor(sorted(sentinel_ids), device=ranks.device())
-            leaked, num_rows = _summed_leaks(model, rows["prefix_lm"], ids, vocabulary_size)
+            prefixes = rows["prefix_lm"]
+            leaked, num_rows = _summed_leaks(model, prefixes, ids, vocabulary_size, between)
             if num_rows:
                 measured["sentinel_leak"] = 100.0 * leaked / num_rows
     return measured
 
 
-def _summed_losses(model: MeasuredModel, batches: Sequence[RowBatch]) -> tuple[float, ...]:
+def _summed_losses(
+    model: MeasuredModel, batches: Sequence[RowBatch], between: Callable[[], None]
+) -> tuple[float, ...]:
     sums = torch.zeros(3, dtype=torch.float64, device=ranks.device())
-    for batch, counts in _in_step(batches):
+    for batch, counts in _in_step(batches, between):
         losses = torch.stack([part.double() for part in model.losses(batch)])
         if counts:
             sums += losses
@@ -80,10 +85,14 @@ def _summed_losses(model: MeasuredModel, batches: Sequence[RowBatch]) -> tuple[f
 
 
 def _summed_leaks(
-    model: MeasuredModel, batches: Sequence[RowBatch], sentinel_ids: Tensor, vocabulary_size: int
+    model: MeasuredModel,
+    batches: Sequence[RowBatch],
+    sentinel_ids: Tensor,
+    vocabulary_size: int,
+    between: Callable[[], None],
 ) -> tuple[float, ...]:
     sums = torch.zeros(2, dtype=torch.float64, device=ranks.device())
-    for batch, counts in _in_step(batches):
+    for batch, counts in _in_step(batches, between):
         next_ids_B = model.first_logits(batch)[:, :vocabulary_size].argmax(dim=-1)
         num_leaked = torch.isin(next_ids_B, sentinel_ids).sum()
         if counts:
@@ -91,7 +100,9 @@ def _summed_leaks(
     return tuple(ranks.all_reduce_sum(sums).tolist())
 
 
-def _in_step(batches: Sequence[RowBatch]) -> Iterator[tuple[RowBatch, bool]]:
+def _in_step(
+    batches: Sequence[RowBatch], between: Callable[[], None]
+) -> Iterator[tuple[RowBatch, bool]]:
     """All ranks: equally many batches on each, and whether one counts or is a repetition."""
     lengths = ranks.gather_objects(len(batches))
     if max(lengths) == 0:
@@ -101,4 +112,5 @@ def _in_step(batches: Sequence[RowBatch]) -> Iterator[tuple[RowBatch, bool]]:
         spare = next(s for s in ranks.gather_objects(spare) if s is not None)
     assert spare is not None
     for number in range(max(lengths)):
+        between()
         yield (batches[number], True) if number < len(batches) else (spare, False)

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 import softprompt_dist
-from softprompt_dist.run.environment import redact_command
+from softprompt_dist.redaction import redact_command
 
 SAID_OF_STAGES = ("name", "objective", "steps", "tokens", "seconds", "corpus", "command")
 """What a card says of each stage, whichever release wrote of it."""

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from softprompt_dist.adapt_config import AdaptConfig
-from softprompt_dist.adaptation.checkpoint import AdaptationCheckpointStore, FoundCheckpoint
+from softprompt_dist.adaptation.checkpoint import FoundCheckpoint
 from softprompt_dist.adaptation.engine import AdaptationEngine
 from softprompt_dist.adaptation.learning_rate import learning_rate_at
 from softprompt_dist.adaptation.measures import measure, own_share
+from softprompt_dist.adaptation.saving import RunState
 from softprompt_dist.adaptation.sharded_tensor import ShardedTensor
 from softprompt_dist.adaptation.source import Source, find_source
+from softprompt_dist.adaptation.verification import check_forms
 from softprompt_dist.cache import cache_directory
 from softprompt_dist.data.lm.corpus import open_corpus, verify_folders
 from softprompt_dist.data.lm.examples import LMData
@@ -28,8 +30,13 @@ from softprompt_dist.errors import (
     DataError,
     NonFiniteLossError,
 )
-from softprompt_dist.parallel import ranks
-from softprompt_dist.run.random_state import derived_random_state, restore_random_state
+from softprompt_dist.lifecycle.watchdog import tick
+from softprompt_dist.parallel import polling, ranks, stop
+from softprompt_dist.run.random_state import (
+    derived_random_state,
+    random_state,
+    restore_random_state,
+)
 from softprompt_dist.run.tuning import check_world
 
 log = logging.getLogger(__name__)
@@ -39,7 +46,7 @@ FREE_TO_CHANGE: dict[str, Any] = {
         ("name", "run_directory", "steps", "decay_steps", "compile", "engine", "checkpoint"), ...
     ),
     **dict.fromkeys(("export", "log_every_steps", "evaluation", "validation_corpus"), ...),
-    **dict.fromkeys(("corpus", "verify_corpus", "tokenizer", "backbone"), ...),
+    **dict.fromkeys(("corpus", "verify_corpus", "tokenizer", "backbone", "health"), ...),
     "batch": {"micro_batch_size"},
 }
 """Settings that a resumed run may have differently: none changes what is learned, the end of the
@@ -64,6 +71,8 @@ class AdaptationRun:
     """Of both sides, padding not counted, all ranks and attempts."""
     seconds: float = 0.0
     """Spent in updates, all attempts."""
+    measured_step: int = -1
+    """Of the latest measurement that came to its end."""
 
     def batches(self) -> BatchStream:
         """This rank's micro-batches of one update after the other, from where the run is."""
@@ -75,15 +84,17 @@ class AdaptationRun:
             ranks.world_size(),
         )
 
-    def update(self, batches: StepBatches) -> dict[str, float]:
-        """All ranks: one update; its metrics.
+    def update(
+        self, batches: StepBatches, arrive: Callable[[], None] = lambda: None
+    ) -> dict[str, float]:
+        """All ranks: one update; its metrics. `arrive`: see `AdaptationEngine.update`.
 
         Raises:
             NonFiniteLossError: on all ranks together; the update was then not made.
         """
         rate = learning_rate_at(self.config, self.step)
         try:
-            update = self.engine.update(batches.micro_batches, rate)
+            update = self.engine.update(batches.micro_batches, rate, arrive)
         except NonFiniteLossError as error:
             raise NonFiniteLossError(f"Step {self.step + 1}: {error}") from error
         self.step += 1
@@ -100,15 +111,21 @@ class AdaptationRun:
             "num_tokens": update.num_tokens,
         }
 
-    def measure(self) -> dict[str, float]:
-        """All ranks: likelihoods and sentinel leak on the validation text; empty without one."""
-        return measure(
+    def measure(self, between: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """All ranks: likelihoods and sentinel leak on the validation text; empty without one.
+
+        `between` is called on all ranks before each batch, and may cut it short.
+        """
+        measured = measure(
             self.engine,
             self.validation,
             objective=self.config.objective,
             sentinel_ids=self.special.sentinels,
             vocabulary_size=len(self.source.tokenizer),
+            between=between,
         )
+        self.measured_step = self.step
+        return measured
 
 
 def build_run(config: AdaptConfig, ds_config: dict[str, Any] | None) -> AdaptationRun:
@@ -119,9 +136,11 @@ def build_run(config: AdaptConfig, ds_config: dict[str, Any] | None) -> Adaptati
             objective, or the world size its batch.
         DataError: a corpus is missing, damaged, too short, or made with another tokenizer.
         BackboneError: the checkpoint to start from cannot be used.
+        StoppedError: on all ranks; one of them was sent a signal.
     """
     check_world(config, ranks.world_size())
     source = find_source(config)
+    stop.end_here_if_asked("looking at the model")
     special = ranks.together(lambda: SpecialIds.of(source.tokenizer, config.objective))
     corpus = _open(config.corpus, source, verify=config.verify_corpus)
     data = ranks.together(lambda: _data(corpus, special, config))
@@ -129,6 +148,7 @@ def build_run(config: AdaptConfig, ds_config: dict[str, Any] | None) -> Adaptati
     if config.validation_corpus:
         text = _open(config.validation_corpus, source, verify=config.verify_corpus)
         validation = ranks.together(lambda: _validation(text, special, config))
+    stop.end_here_if_asked("reading the text")
     hf_config = source.training_config(config.dropout)
     # Of span corruption rows may be shorter than they might be.
     as_read = config.model_copy(update={"targets_length": data.targets_length})
@@ -151,17 +171,19 @@ def start(run: AdaptationRun) -> None:
     restore_random_state(derived_random_state(run.config.seed, 0, rank, world_size))
 
 
-def save(run: AdaptationRun, store: AdaptationCheckpointStore) -> None:
-    """All ranks: publish weights, optimizer state and cursor."""
+def state_of(run: AdaptationRun) -> RunState:
+    """Weights, optimizer state and cursor as they are, not copied."""
     values = {
         "seed": run.config.seed,
         "examples_consumed": run.examples_consumed,
         "real_tokens": run.real_tokens,
         "seconds": run.seconds,
         "num_updates": run.engine.optimizer.num_updates,
+        "measured_step": run.measured_step,
         "decisive": decisive_settings(run),
     }
-    store.save(run.step, _state_tensors(run), run.engine.optimizer.small_state(), values)
+    small = run.engine.optimizer.small_state()
+    return RunState(run.step, _state_tensors(run), small, values, random_state())
 
 
 def restore(run: AdaptationRun, found: FoundCheckpoint) -> None:
@@ -174,6 +196,7 @@ def restore(run: AdaptationRun, found: FoundCheckpoint) -> None:
     optimizer = run.engine.optimizer
     found.read_into(_state_tensors(run))
     saved = found.small()
+    ranks.together(lambda: check_forms(found.state, saved, optimizer.small_state()))
     for name, values in optimizer.small_state().items():
         values.copy_(saved[name])
     run.engine.publish_weights()
@@ -182,6 +205,7 @@ def restore(run: AdaptationRun, found: FoundCheckpoint) -> None:
     run.examples_consumed = int(found.state["examples_consumed"])
     run.real_tokens = int(found.state["real_tokens"])
     run.seconds = float(found.state["seconds"])
+    run.measured_step = int(found.state.get("measured_step", run.step))  # of an older release
     optimizer.num_updates = int(found.state["num_updates"])
 
 
@@ -197,7 +221,8 @@ def decisive_settings(run: AdaptationRun) -> dict[str, Any]:
 
 
 def _check_belongs(run: AdaptationRun, found: FoundCheckpoint) -> None:
-    now, then = decisive_settings(run), found.state["decisive"]
+    now, then = decisive_settings(run), found.state.get("decisive")
+    then = then if isinstance(then, dict) else {}
     different = [
         f"{key}: saved {then.get(key)!r}, now {now.get(key)!r}"
         for key in sorted(now.keys() | then.keys())
@@ -220,8 +245,10 @@ def _open(specs: list[str], source: Source, *, verify: bool) -> TokenSource:
     def work() -> TokenSource:
         return open_corpus(specs, source.tokenizer, cache_directory() / "corpora")
 
-    ranks.on_main(lambda: work() and None)
-    tokens = ranks.together(work)
+    doing = "tokenising the text"
+    polling.on_main(lambda: work() and None, doing, tick)
+    with polling.alone(doing):
+        tokens = ranks.together(work)
     if verify:
         ranks.together(lambda: verify_folders(specs, ranks.rank(), ranks.world_size()))
     return tokens

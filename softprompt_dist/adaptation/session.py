@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
-import logging
-import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from softprompt_dist.adapt_config import AdaptConfig
-from softprompt_dist.adaptation.checkpoint import AdaptationCheckpointStore
-from softprompt_dist.adaptation.curves import draw_curves
+from softprompt_dist.adaptation.checkpoint import AdaptationCheckpointStore, FoundCheckpoint
 from softprompt_dist.adaptation.exporting import (
     check_ahead,
     check_free,
     check_targets,
     export_run,
-    folder_of,
 )
-from softprompt_dist.adaptation.peak import Peak, find_peak
-from softprompt_dist.adaptation.run import AdaptationRun, build_run, restore, save, start
-from softprompt_dist.adaptation.stop_request import StopRequest
-from softprompt_dist.adaptation.throughput import SHOWN_WHILE_TRAINING, Throughput
-from softprompt_dist.backbone.architecture import architecture_of
-from softprompt_dist.data.lm.stream import BatchStream
-from softprompt_dist.errors import BackboneError, CheckpointError, ConfigError, NonFiniteLossError
-from softprompt_dist.parallel import ranks
-from softprompt_dist.planning.work import training_operations
+from softprompt_dist.adaptation.loop import AdaptationLoop, Records
+from softprompt_dist.adaptation.run import AdaptationRun, build_run, restore, start, state_of
+from softprompt_dist.adaptation.saving import CheckpointSaver
+from softprompt_dist.adaptation.sharded_files import num_bytes_of
+from softprompt_dist.adaptation.throughput import SHOWN_WHILE_TRAINING
+from softprompt_dist.errors import CheckpointError, ConfigError
+from softprompt_dist.lifecycle.attempt import Attempt
+from softprompt_dist.lifecycle.preflight import preflight
+from softprompt_dist.lifecycle.vitals import Vitals
+from softprompt_dist.lifecycle.watchdog import doing
+from softprompt_dist.parallel import ranks, stop
 from softprompt_dist.recipe import to_yaml
 from softprompt_dist.run.directory import RunDirectory
 from softprompt_dist.run.environment import describe_environment
 from softprompt_dist.run.journal import Journal
-
-log = logging.getLogger(__name__)
+from softprompt_dist.run.metrics_file import points, read_metrics
 
 
 def adapt(
@@ -42,7 +39,7 @@ def adapt(
     *,
     fresh: bool = False,
     must_resume: bool = False,
-) -> bool:
+) -> None:
     """All ranks: one run, from recipe to export, continuing where an earlier attempt stopped.
 
     Args:
@@ -51,40 +48,72 @@ def adapt(
         fresh: set the directory's checkpoints aside first.
         must_resume: refuse to start at step 0.
 
-    Returns:
-        Whether all steps are done and nobody asked to stop.
-
     Raises:
+        StoppedError: on all ranks, when somebody asked to stop and the state is saved.
         SoftpromptError: anything in the recipe, corpus, backbone or machine that cannot work.
+    """
+    facts = {"verb": "adapt", "name": config.name, "steps": config.steps}
+    with Attempt(Path(str(config.run_directory)), config.health, facts) as attempt:
+        if fresh:
+            set_aside([config], attempt)
+        adapt_stage(config, ds_config, attempt, must_resume=must_resume)
+        attempt.finish(config.steps)
+
+
+def adapt_stage(
+    config: AdaptConfig,
+    ds_config: dict[str, Any] | None,
+    attempt: Attempt,
+    *,
+    must_resume: bool = False,
+) -> None:
+    """All ranks: as `adapt`, as a part of an attempt that may have others.
+
+    Args:
+        config: as there.
+        ds_config: as there.
+        attempt: its `steps_before` are those of the stages before.
+        must_resume: as there.
     """
     directory = RunDirectory(Path(str(config.run_directory)))
     directory.create(tunes=False)
-    store = _store(config, directory)
-    if fresh:
-        ranks.on_main(lambda: check_free(config, directory.path))  # before anything is set aside
-        store.discard_all()
-    found = store.newest()  # before any weight is read
-    if found is None and must_resume:
-        raise _nothing_to_resume(directory)
-    if found is not None and found.step > config.steps:
-        raise _steps_done(found.step, config)
-    if found is None:
-        ranks.on_main(lambda: check_free(config, directory.path))
-    run = build_run(config, ds_config)
-    if found is None:
-        start(run)
-    else:
-        restore(run, found)
-    check_ahead(run, directory.path)
+    with doing("loading", config.health.slow_timeout_seconds):
+        run = _load(config, ds_config, attempt, must_resume)
+        _look_ahead(run, directory)
     directory.record(to_yaml(config), describe_environment(), _data_record(run))
-    with (
-        Journal(
-            directory, config.steps, start_step=run.step, shown=SHOWN_WHILE_TRAINING
-        ) as journal,
-        StopRequest() as stop,
-        run.batches() as batches,
-    ):
-        return _Session(run, store, directory, journal, stop).train(batches)
+    with Journal(
+        directory, config.steps, start_step=run.step, shown=SHOWN_WHILE_TRAINING
+    ) as journal:
+        saver = CheckpointSaver(
+            _store(config, directory, attempt),
+            in_background=config.checkpoint.background,
+            say=journal.say,
+            limit_seconds=config.health.slow_timeout_seconds,
+        )
+        vitals = Vitals(attempt, journal.say, _earlier_losses(directory, config))
+        with saver, run.batches() as batches:
+            records = Records(directory, journal, attempt, vitals, saver)
+            AdaptationLoop(run, records).train(batches)
+
+
+def set_aside(stages: Sequence[AdaptConfig], attempt: Attempt) -> None:
+    """All ranks: rename all checkpoints of the stages, so that the first begins at step 0.
+
+    Raises:
+        ConfigError: on all ranks; an export of one is in the way, and nothing was renamed.
+        CheckpointError: on all ranks; they may not be renamed.
+    """
+    directories = [RunDirectory(Path(str(config.run_directory))) for config in stages]
+
+    def check() -> None:
+        for config, directory in zip(stages, directories, strict=True):
+            check_free(config, directory.path)
+
+    ranks.on_main(check)
+    for config, directory in zip(stages, directories, strict=True):
+        _store(config, directory, attempt).discard_all()
+    # Only now: a step on record without its checkpoint is refused, and that is the safe side.
+    ranks.on_main(lambda: _publish_no_step(attempt))
 
 
 def export_newest(config: AdaptConfig, ds_config: dict[str, Any] | None, folder: Path) -> None:
@@ -106,129 +135,77 @@ def export_newest(config: AdaptConfig, ds_config: dict[str, Any] | None, folder:
             print(f"Exported step {run.step} to {written}.", flush=True)
 
 
-class _Session:
-    """The loop, and what it leaves on the disk."""
-
-    def __init__(
-        self,
-        run: AdaptationRun,
-        store: AdaptationCheckpointStore,
-        directory: RunDirectory,
-        journal: Journal,
-        stop: StopRequest,
-    ) -> None:
-        self.run, self.config = run, run.config
-        self.store, self.directory = store, directory
-        self.journal, self.stop = journal, stop
-        self.measured: tuple[int, dict[str, float]] = (-1, {})
-        """Step and values of the latest measurement."""
-
-    def train(self, batches: BatchStream) -> bool:
-        """All ranks: updates up to the last step (True), or until a stop is asked for."""
-        run, config = self.run, self.config
-        peak, operations = find_peak(_dtype(config)), _operations(run)
-        throughput = None if operations is None else Throughput(operations, peak)
-        self.journal.say(_headline(run, peak))
-        if run.step == 0:
-            self._measure()
-        if run.step == config.steps:
-            self.journal.say(f"All {config.steps} steps are done; nothing is trained.")
-        if run.step in (*config.export.steps, config.steps):
-            self._export()  # an earlier attempt may have ended between its checkpoint and this
-        while run.step < config.steps:
-            metrics = self._update(batches, throughput)
-            self._log(metrics, throughput)
-            if self._is_due(config.evaluation.every_steps):
-                self._measure()
-            stopping = self.stop.agreed()
-            is_exported = run.step in (*config.export.steps, config.steps)
-            if stopping or is_exported or self._is_due(config.checkpoint.every_steps):
-                save(run, self.store)
-            if is_exported:
-                self._export()
-            if stopping:
-                self.journal.say(
-                    f"Asked to stop; saved after step {run.step}. The same command continues."
-                )
-                return False
-        return True
-
-    def _is_due(self, every_steps: int) -> bool:
-        """Whether what is done every so many steps, and at the last, is done now."""
-        return self.run.step % every_steps == 0 or self.run.step == self.config.steps
-
-    def _log(self, metrics: dict[str, float], throughput: Throughput | None) -> None:
-        if self._is_due(self.config.log_every_steps):
-            left = self.config.steps - self.run.step
-            speed = throughput.read(left) if throughput else {}
-            self.journal.log(self.run.step, metrics | speed)
-
-    def _update(self, batches: BatchStream, throughput: Throughput | None) -> dict[str, float]:
-        run, started = self.run, time.monotonic()
-        step_batches = next(batches)
-        try:
-            metrics = run.update(step_batches)
-        except NonFiniteLossError as error:
-            save(run, self.store)
-            raise NonFiniteLossError(
-                f"{error} The state after step {run.step} is saved. A resume goes on with the same "
-                "settings: with others, begin anew (--fresh, or another --run-dir)."
-            ) from error
-        seconds = time.monotonic() - started
-        run.seconds += seconds
-        if throughput:
-            throughput.count(step_batches.num_real_tokens, step_batches.num_positions, seconds)
-        return metrics
-
-    def _measure(self) -> dict[str, float]:
-        """All ranks: of the weights as they are; measured once a step."""
-        if self.measured[0] != self.run.step:
-            self.measured = (self.run.step, self.run.measure())
-            if self.measured[1]:
-                self.journal.log(self.run.step, self.measured[1], kind="validation")
-        draw_curves(self.directory)
-        return self.measured[1]
-
-    def _export(self) -> None:
-        folder = folder_of(self.directory.path, self.config, self.run.step)
-        for written in export_run(self.run, folder, self._measure()):
-            self.journal.say(f"Exported to {written}.")
+def _load(
+    config: AdaptConfig, ds_config: dict[str, Any] | None, attempt: Attempt, must_resume: bool
+) -> AdaptationRun:
+    """All ranks: the run with its weights, as it begins or goes on."""
+    directory = RunDirectory(Path(str(config.run_directory)))
+    found = _find_checkpoint(config, directory, attempt, must_resume)  # before any weight is read
+    run = build_run(config, ds_config)
+    stop.end_here_if_asked("making the engine")
+    if found is None:
+        start(run)
+    else:
+        restore(run, found)
+    stop.end_here_if_asked("reading the weights")
+    return run
 
 
-def _store(config: AdaptConfig, directory: RunDirectory) -> AdaptationCheckpointStore:
-    return AdaptationCheckpointStore(
-        directory.checkpoints, config.checkpoint.keep_last, config.export.steps
-    )
+def _find_checkpoint(
+    config: AdaptConfig, directory: RunDirectory, attempt: Attempt, must_resume: bool
+) -> FoundCheckpoint | None:
+    found = _store(config, directory, attempt).newest()
+    if found is None and must_resume:
+        raise _nothing_to_resume(directory)
+    if found is not None and found.step > config.steps:
+        raise _steps_done(found.step, config)
+    if found is None:
+        ranks.on_main(lambda: check_free(config, directory.path))
+    step = found.step if found else 0
+    ranks.on_main(lambda: _check_resumed(attempt, step, config.steps))
+    stop.end_here_if_asked("reading the checkpoint")
+    return found
 
 
-def _dtype(config: AdaptConfig) -> torch.dtype:
-    return torch.bfloat16 if config.dtype == "bf16" else torch.float32
+def _check_resumed(attempt: Attempt, step: int, steps: int) -> None:
+    """Whether a stage is as far as it once was; of a later one the published step says so itself.
+
+    Raises:
+        CheckpointError: there were checkpoints of it, and none is left.
+    """
+    reached = min(attempt.files.published_step() - attempt.steps_before, steps)
+    if reached > step:
+        attempt.files.check_resumed(attempt.steps_before + step if step else 0)
 
 
-def _operations(run: AdaptationRun) -> float | None:
-    """Of one update on all ranks; None for a model that we have no numbers for."""
-    hf_config = run.source.hf_config
-    try:
-        architecture = architecture_of(hf_config.model_type, hf_config.to_dict())
-    except BackboneError:
-        return None
-    return training_operations(
-        architecture,
-        run.config.batch.global_batch_size,
-        run.data.inputs_length or 0,
-        run.data.targets_length,
-    )
+def _publish_no_step(attempt: Attempt) -> None:
+    """None of the stages that were set aside; those of the stages before stay."""
+    before = min(attempt.files.published_step(), attempt.steps_before)
+    attempt.files.begin_anew()
+    if before:
+        attempt.files.publish_step(before)
 
 
-def _headline(run: AdaptationRun, peak: Peak) -> str:
-    config = run.config
-    begins = f"resuming after step {run.step}" if run.step else "starting"
-    return (
-        f"{config.name}: {begins}, {config.steps} steps of {config.batch.global_batch_size} "
-        f"rows, {config.objective}, {run.engine.num_weights:,} weights, ZeRO stage "
-        f"{config.engine.zero_stage}, {run.data.num_examples:,} examples an epoch, "
-        f"{ranks.world_size()} rank(s). {peak.source}"
-    )
+def _look_ahead(run: AdaptationRun, directory: RunDirectory) -> None:
+    """All ranks: refuse now what would end the run at its first save or export."""
+    check_ahead(run, directory.path)
+    is_done = run.step == run.config.steps
+    needed = 0 if is_done else num_bytes_of(state_of(run).tensors)
+    say = partial(print, flush=True)
+    preflight(directory.path, needed, say, shared_for="so that a resume can read its checkpoints")
+
+
+def _earlier_losses(directory: RunDirectory, config: AdaptConfig) -> list[float]:
+    """All ranks: what the earlier attempts logged of the latest steps."""
+    lines = ranks.on_main(lambda: read_metrics(directory.metrics))
+    return points(lines, "train", "loss")[1][-2 * config.health.spike_window :]
+
+
+def _store(
+    config: AdaptConfig, directory: RunDirectory, attempt: Attempt | None = None
+) -> AdaptationCheckpointStore:
+    keep = config.checkpoint.keep_last
+    return AdaptationCheckpointStore(directory.checkpoints, keep, config.export.steps, attempt)
 
 
 def _data_record(run: AdaptationRun) -> dict[str, Any]:

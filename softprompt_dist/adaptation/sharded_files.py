@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from softprompt_dist.adaptation.sharded_tensor import Piece, ShardedTensor
@@ -59,11 +58,13 @@ def write_tensors(
     weight_format: WeightFormat | None = None,
     *,
     error: Callable[[OSError], SoftpromptError] | None = None,
+    between: Callable[[], None] = lambda: None,
 ) -> dict[str, FileDigest]:
     """All ranks: write model.safetensors, or shards with an index, into rank 0's `folder`.
 
     Every rank names the same tensors. Files are flushed to the disk; their digests come back by
-    name, on every rank.
+    name, on every rank. `between` is called on all ranks before each chunk; what it raises, on all
+    of them, cuts the writing short and leaves files that are not whole.
 
     Raises:
         MachineError: on all ranks, when they cannot be written: none of them is left. `error` may
@@ -73,7 +74,7 @@ def write_tensors(
     _check_whole(tensors)
     entries = [Entry(name, chosen.dtype, tensors[name].shape) for name in sorted(tensors)]
     files = in_shards(entries, chosen.max_shard_bytes)
-    chunks = _gathered_chunks(tensors)
+    chunks = _gathered_chunks(tensors, between)
     digests: dict[str, FileDigest] = {}
     failure: OSError | None = None
     if ranks.is_main():
@@ -126,11 +127,14 @@ def _check_whole(tensors: Mapping[str, ShardedTensor]) -> None:
         )
 
 
-def _gathered_chunks(tensors: Mapping[str, ShardedTensor]) -> Iterator[tuple[str, Tensor]]:
+def _gathered_chunks(
+    tensors: Mapping[str, ShardedTensor], between: Callable[[], None]
+) -> Iterator[tuple[str, Tensor]]:
     """All ranks, each to the end: (name, values_N fp32 on the CPU), whole on rank 0 alone."""
     for name in sorted(tensors):
         tensor = tensors[name]
         for stretch in _stretches(0, tensor.numel, CHUNK_BYTES // 4):
+            between()
             if not tensor.is_replicated or ranks.is_main():
                 yield name, _gathered(tensor, stretch)
 
@@ -146,7 +150,7 @@ def _gathered(tensor: ShardedTensor, stretch: range) -> Tensor:
         first = elements.start - stretch.start
         chunk_N[first : first + len(elements)] = held_N.view(torch.int32)
     if is_shared:
-        dist.reduce(chunk_N, dst=0)
+        ranks.reduce_sum_to_main(chunk_N)
     values_N = chunk_N.cpu() if ranks.is_main() else chunk_N[:0].cpu()
     return values_N.view(torch.float32)
 

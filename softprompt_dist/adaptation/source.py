@@ -124,7 +124,7 @@ def _history(folder: Path | None) -> tuple[dict[str, Any], ...]:
     try:
         stages = tuple(json.loads(path.read_text(encoding="utf-8")))
         missing = sorted(name for stage in stages for name in SAID_OF_STAGES if name not in stage)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         missing, stages = [str(error)], ()
     if missing:
         raise BackboneError(

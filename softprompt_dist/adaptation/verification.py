@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from softprompt_dist.durable import FileDigest, digest_of_file
 from softprompt_dist.errors import CheckpointError
@@ -25,6 +26,9 @@ from softprompt_dist.run.checkpoint_format import (
     read_manifest,
     read_verified,
 )
+from softprompt_dist.untrusted import parse_json
+
+_COUNTERS = ("examples_consumed", "real_tokens", "seconds", "num_updates")
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ def _inspect(folder: Path) -> Inspection:
         size, right_size = (folder / name).stat().st_size, expected[name].num_bytes
         if size != right_size:
             raise InvalidCheckpointError(f"{name} has {size} bytes, not {right_size}")
-    document = json.loads(read_verified(folder / STATE, expected[STATE]))
+    document = parse_json(read_verified(folder / STATE, expected[STATE]))
     check_step(folder, document["step"])
     expected[MANIFEST] = digest_of_file(folder / MANIFEST)
     return Inspection(None, expected, document["step"], document["state"], document["world_size"])
@@ -124,3 +128,20 @@ def verify(folder: Path) -> dict[str, FileDigest]:
 def _check_digests(folder: Path, expected: Mapping[str, FileDigest]) -> None:
     for name, digest in expected.items():
         check_digest(folder / name, digest_of_file(folder / name), digest)
+
+
+def check_forms(
+    state: Mapping[str, Any], saved: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> None:
+    """What can be wrong though every checksum is right: somebody else made the checkpoint.
+
+    Raises:
+        CheckpointError: a counter of `state`, or one of the small tensors, cannot be used.
+    """
+    wrong = [n for n, t in expected.items() if n not in saved or saved[n].shape != t.shape]
+    wrong += [n for n in _COUNTERS if type(state.get(n)) not in (int, float)]
+    if wrong:
+        raise CheckpointError(
+            f"The checkpoint is whole, but `softprompt adapt` did not write it: {', '.join(wrong)} "
+            "cannot be used. Resume another one, or pass --fresh to set it aside."
+        )

@@ -24,12 +24,13 @@ from softprompt_dist.planning.adaptation_memory import (
     export_bytes,
     host_memory_bytes,
     predict_adaptation_memory,
+    saving_bytes,
 )
 from softprompt_dist.run.directory import RunDirectory
 
 _HOST_REMEDY = (
     "The ranks of this machine would be killed. Start fewer here, lower batch.micro_batch_size, or "
-    "set engine.activation_checkpointing=true."
+    "set engine.activation_checkpointing=true or checkpoint.background=false."
 )
 
 
@@ -71,6 +72,8 @@ def check_memory_room(
     cluster = world.cluster
     memory = predict_adaptation_memory(architecture, engine, work, cluster, config.optimizer)
     on_host = host_memory_bytes(architecture, engine, cluster, config.optimizer)
+    if config.checkpoint.background:
+        on_host += saving_bytes(architecture, engine, cluster, config.optimizer)
     if not on_gpu():
         on_host += world.local_size * (memory.total - memory.reserve)
         return [room.host_finding(on_host, _HOST_REMEDY)]

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from softprompt_dist.checks.finding import Finding
+from softprompt_dist.checks.preflight import check_devices
 from softprompt_dist.durable import replace_file
 from softprompt_dist.errors import MachineError
 from softprompt_dist.parallel import ranks
@@ -160,6 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     with answer_within(options.timeout):
         findings = check_communication(debug=options.debug)
+        findings += check_devices(options.findings.parent)
         if ranks.is_main():
             written = json.dumps([dataclasses.asdict(finding) for finding in findings])
             replace_file(options.findings, written.encode())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,9 +13,9 @@ import torch
 
 from softprompt_dist.errors import SoftpromptError, StoppedError, SupersededError
 from softprompt_dist.lifecycle.heartbeat import Heartbeat
-from softprompt_dist.lifecycle.ownership import Ownership
-from softprompt_dist.lifecycle.watchdog import Watchdog, tick
-from softprompt_dist.outcome_files import OutcomeFiles
+from softprompt_dist.lifecycle.ownership import Owner, Ownership
+from softprompt_dist.lifecycle.watchdog import Watchdog, doing, tick
+from softprompt_dist.outcome_files import OutcomeFiles, silent_where
 from softprompt_dist.parallel import ranks, stop
 from softprompt_dist.section import HealthConfig
 
@@ -33,19 +34,25 @@ class Attempt:
     def __init__(self, folder: Path, health: HealthConfig, facts: dict[str, Any]) -> None:
         self.files = OutcomeFiles(folder)
         self.health = health
-        self._ownership = Ownership(folder)
-        ranks.on_main(self._begin)
-        job = self._ownership.owner
+        job = ranks.on_main(self._begin)
+        self._ownership = Ownership(folder, job)
+        silent_where(self._ownership.is_lost)
         known = {"token": job.token, "host": job.host, "pid": job.pid, "job": job.job, **facts}
-        self._heartbeat = Heartbeat(folder, health.heartbeat_seconds, known)
+        every = health.heartbeat_seconds
+        self._heartbeat = Heartbeat(folder, every, known, self._ownership.is_held)
         self._watchdog = Watchdog(folder / "stacks")
+        self._phases = ExitStack()
         self._looked = 0.0
         self._found = (0, 0)
+        self.steps_before = 0
+        """Of a run in stages: all steps of the stages before this one, whose own begin at 1."""
 
     def __enter__(self) -> Attempt:
         """Its heart beats, and it is watched."""
         if ranks.is_main():
             self._heartbeat.start()
+        # What is no phase of its own must not hang for ever, either.
+        self._phases.enter_context(doing("between phases", self.health.slow_timeout_seconds))
         self._watchdog.start()
         return self
 
@@ -57,17 +64,21 @@ class Attempt:
     ) -> None:
         """Leave the directory to whoever comes next, with the reason why this attempt has ended."""
         self._watchdog.stop()
+        self._phases.close()
         if not ranks.is_main():
             return
-        is_ours = not isinstance(error, SupersededError)
+        is_ours = not self._ownership.is_lost()
         self._heartbeat.stop(last_beat=is_ours)
-        if is_ours and isinstance(error, SoftpromptError):
-            self.files.end(f"{error.outcome}: {error}")
+        if is_ours and isinstance(error, SoftpromptError) and error.outcome:
+            with suppress(OSError):  # a full disk is what `error` may be about
+                self.files.end(f"{error.outcome}: {error}")
         self._ownership.release()
 
     def note(self, **values: Any) -> None:
         """What the heartbeat says from now on: `step`, `steps`, `loss`, `tokens_per_second`."""
         tick()
+        if "step" in values:
+            values["step"] += self.steps_before
         self._heartbeat.note(**values)
 
     def check_ours(self) -> None:
@@ -80,11 +91,11 @@ class Attempt:
 
     def saved(self, step: int) -> None:
         """A checkpoint of `step` is on the disk; rank 0 only, no collective."""
-        self.files.publish_step(step)
+        self.files.publish_step(self.steps_before + step)
 
     def finish(self, step: int) -> None:
         """All ranks: the run is complete."""
-        ranks.on_main(lambda: self._finish(step))
+        ranks.on_main(lambda: self._finish(self.steps_before + step))
 
     def stop_wanted(self, failed: bool = False) -> str:
         """All ranks: why the run must end at this boundary; empty if it need not.
@@ -109,16 +120,20 @@ class Attempt:
 
     def stopped(self, why: str, step: int) -> StoppedError:
         """What to raise on all ranks once the state after `step` is saved."""
+        step += self.steps_before
         error = StoppedError(f"{why} after step {step}, which is saved.")
         if why == "STOP file":
             error.outcome = "stop"
         return error
 
-    def _begin(self) -> None:
+    def _begin(self) -> Owner:
         folder = self.files.folder
         folder.mkdir(parents=True, exist_ok=True)
-        self._ownership.claim()
+        self.files.refuse_if_stopped()
+        ownership = Ownership(folder)
+        ownership.claim()
         self.files.begin()
+        return ownership.owner
 
     def _finish(self, step: int) -> None:
         self.check_ours()

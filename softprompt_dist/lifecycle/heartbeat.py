@@ -10,6 +10,7 @@ import json
 import logging
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,22 @@ HEARTBEAT = "heartbeat.json"
 
 
 class Heartbeat:
-    """Writes `facts`, which never change, and the latest values, into `folder`."""
+    """Writes `facts`, which never change, and the latest values, into `folder`.
 
-    def __init__(self, folder: Path, every_seconds: float, facts: dict[str, Any]) -> None:
+    Unless `is_ours()`, another attempt's heart beats there, and this one's no longer.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        every_seconds: float,
+        facts: dict[str, Any],
+        is_ours: Callable[[], bool] = lambda: True,
+    ) -> None:
         self._path, self._every_seconds = folder / HEARTBEAT, every_seconds
-        self._facts, self._values = facts, dict[str, Any]()
+        self._facts = {**facts, "heartbeat_seconds": every_seconds}
+        self._values = dict[str, Any]()
+        self._is_ours = is_ours
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._has_warned = False
@@ -55,7 +67,9 @@ class Heartbeat:
             self._write()
 
     def _write(self) -> None:
-        values = {**self._facts, **self._values, "doing": watchdog.current(), "time": time.time()}
+        if not self._is_ours():
+            return
+        values = {**self._facts, **self._values, **watchdog.current(), "time": time.time()}
         try:
             replace_file(self._path, json.dumps(values, indent=1).encode(), flush=False)
         except OSError as error:

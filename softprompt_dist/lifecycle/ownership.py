@@ -28,6 +28,8 @@ _SILENCE_SECONDS = 60.0
 """Of the heart of a run on another machine, whose processes cannot be seen from here."""
 _SETTLING_SECONDS = 0.3
 """Two runs that claim a directory at one moment: the last to write its name has it."""
+_SECOND_LOOK_SECONDS = 0.5
+"""After which attempt.json is read again where it could not be: a network disk has its moments."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,11 @@ class Owner:
 
 
 class Ownership:
-    """The right to publish in `folder`; rank 0 alone has one, and nothing here is collective."""
+    """The right to publish in `folder`, for `owner` or a new one; nothing here is collective."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, owner: Owner | None = None) -> None:
         self._path = folder / ATTEMPT
-        self.owner = Owner.here(os.environ)
+        self.owner = owner or Owner.here(os.environ)
 
     def claim(self) -> None:
         """Become the owner.
@@ -92,6 +94,9 @@ class Ownership:
             SupersededError: a later attempt is.
         """
         found = read_owner(self._path.parent)
+        if found is None:
+            time.sleep(_SECOND_LOOK_SECONDS)
+            found = read_owner(self._path.parent)
         if found is None or found.token != self.owner.token:
             other = "nobody knows whom" if found is None else found.described
             raise SupersededError(
@@ -99,23 +104,40 @@ class Ownership:
                 "ends and publishes nothing more."
             )
 
+    def is_held(self) -> bool:
+        """Whether it is known that this attempt is the owner."""
+        found = read_owner(self._path.parent)
+        return found is not None and found.token == self.owner.token
+
+    def is_lost(self) -> bool:
+        """Whether it is known that another attempt is the owner."""
+        found = read_owner(self._path.parent)
+        return found is not None and found.token != self.owner.token
+
     def release(self) -> None:
         """Let another run have the folder at once."""
-        with suppress(OSError, SupersededError):
-            self.check()
-            self._path.unlink()
+        mine = self._path.with_name(f".{ATTEMPT}-{self.owner.token}")
+        with suppress(OSError, ValueError, KeyError):
+            self._path.rename(mine)  # and only then looked at: it may be taken over this moment
+            if json.loads(mine.read_bytes())["token"] == self.owner.token:
+                mine.unlink()
+            else:
+                mine.replace(self._path)
 
 
 def begin_in(folder: Path) -> None:
     """Any rank, before the ranks have met: nothing stands against a run in `folder`.
 
-    What ends this process from now on, wherever it happens, is told there.
+    Rank 0 looks for another run, as the next attempt's is likely to be on its machine: there alone
+    one can see whether a process is alive. What ends this one from now on is told in `folder`.
 
     Raises:
         DirectoryInUseError: another run is alive there.
         StopFileError: there is a STOP file.
     """
-    refuse_if_in_use(folder)
+    if (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") == "0":
+        refuse_if_in_use(folder)
+        OutcomeFiles(folder).forget_earlier_attempts()
     announce(folder)
     OutcomeFiles(folder).refuse_if_stopped()
 

@@ -43,6 +43,11 @@ class StragglerMonitor:
         self._seconds = 0.0
         self._steps = 0
 
+    @property
+    def has_compared(self) -> bool:
+        """Whether the latest `end` was one of those that compare the ranks."""
+        return self._steps == 0
+
     def begin(self) -> None:
         """This rank begins a step."""
         self._begun = time.perf_counter()

@@ -21,6 +21,7 @@ class Vitals:
         self._losses = LossMonitor(health.spike_window, health.spike_sigmas, losses)
         self._stragglers = StragglerMonitor(health.straggler_ratio)
         self._named: tuple[int, str] | None = None
+        self._is_spiking = False
         self._since = time.monotonic()
         self._steps = 0
 
@@ -32,6 +33,7 @@ class Vitals:
 
     def begin_step(self) -> None:
         """This rank begins a step."""
+        self._since = time.monotonic()
         self._stragglers.begin()
 
     def arrive(self) -> None:
@@ -41,21 +43,24 @@ class Vitals:
     def end_step(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
         """All ranks: note a step; what it adds to the metrics."""
         self._steps += 1
-        now = time.monotonic()
-        speed = metrics["num_tokens"] / max(now - self._since, 1e-9)
-        self._since = now
+        speed = metrics["num_tokens"] / max(time.monotonic() - self._since, 1e-9)
         self._attempt.note(step=step, loss=metrics["loss"], tokens_per_second=round(speed, 1))
         added = {}
         sigmas = self._losses.observe(metrics["loss"])
         if sigmas is not None:
             added["loss_spike_sigmas"] = sigmas
-            self._say(
-                f"Step {step}: the loss, {metrics['loss']:.4f}, is {sigmas:.1f} standard "
-                "deviations above the latest ones."
-            )
+            if not self._is_spiking:  # once, where the loss stays there
+                self._say(
+                    f"Step {step}: the loss, {metrics['loss']:.4f}, is {sigmas:.1f} standard "
+                    "deviations above the latest ones."
+                )
+        self._is_spiking = sigmas is not None
         straggler = self._stragglers.end()
         if straggler is not None:
             self._name(straggler)
+        elif self._named and self._stragglers.has_compared:
+            self._named = None
+            self._attempt.note(straggler=None)
         return added
 
     def _name(self, straggler: Straggler) -> None:

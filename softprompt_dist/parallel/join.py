@@ -243,7 +243,8 @@ def _hush_libraries() -> None:
 @contextlib.contextmanager
 def _quiet(debug: bool) -> Iterator[None]:
     """Drop what DeepSpeed prints on every rank; its warnings go to its logger all the same."""
-    with contextlib.redirect_stdout(None if debug else io.StringIO()):
+    # Not `redirect_stdout(None)` to leave it alone: torch flushes it when it builds an extension.
+    with contextlib.nullcontext() if debug else contextlib.redirect_stdout(io.StringIO()):
         yield
 
 

@@ -1,13 +1,16 @@
 """The world of ranks: joining it, walking through collectives together, agreeing on errors.
 
 Functions that contain a collective say "all ranks" in their first line. They must be reached
-by every rank, or by none.
+by every rank, or by none. A thread beside the main one takes them too, `within` a group of its own.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +19,19 @@ import torch.distributed as dist
 from softprompt_dist.errors import SoftpromptError
 
 T = TypeVar("T")
+
+_LONGEST_WRITE = timedelta(hours=2)
+"""For threads that wait in a group of their own while rank 0 writes a model to a slow disk."""
+
+
+class _Way(threading.local):
+    """Of this thread's collectives."""
+
+    group: dist.ProcessGroup | None = None
+    on_cpu = False
+
+
+_way = _Way()
 
 
 def rank() -> int:
@@ -44,30 +60,65 @@ def is_main() -> bool:
 
 def device() -> torch.device:
     """The accelerator of this rank, or the CPU (always with `DS_ACCELERATOR=cpu`)."""
-    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
+    if _way.on_cpu or os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     # Slurm's --gpus-per-task shows each task one device only, whatever its local rank.
     return torch.device("cuda", local_rank() if local_rank() < torch.cuda.device_count() else 0)
 
 
+def new_cpu_group() -> dist.ProcessGroup | None:
+    """All ranks: a further group of all of them, for tensors on the CPU; None in a world of one."""
+    if world_size() == 1:
+        return None
+    return dist.new_group(backend="gloo", timeout=_LONGEST_WRITE)
+
+
+def leave_group(group: dist.ProcessGroup | None) -> None:
+    """All ranks: close what `new_cpu_group` made, once no thread uses it any more."""
+    if group is not None:
+        dist.barrier()  # what a rank that is done has sent may not have reached the others yet
+        dist.destroy_process_group(group)
+
+
+@contextmanager
+def within(group: dist.ProcessGroup | None) -> Iterator[None]:
+    """In this thread the functions here take `group` and the CPU.
+
+    So that a thread of every rank can walk through collectives while the main threads do: a group
+    keeps its own order.
+    """
+    _way.group, _way.on_cpu = group, True
+    try:
+        yield
+    finally:
+        _way.group, _way.on_cpu = None, False
+
+
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Sum `tensor` over all ranks, in place; returns it."""
     if world_size() > 1:
-        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=_way.group)
     return tensor
 
 
 def all_reduce_max(tensor: torch.Tensor) -> torch.Tensor:
     """Maximum of `tensor` over all ranks, in place; returns it."""
     if world_size() > 1:
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_way.group)
+    return tensor
+
+
+def reduce_sum_to_main(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum `tensor` over all ranks in rank 0's place; the others' is spoilt. Returns it."""
+    if world_size() > 1:
+        dist.reduce(tensor, dst=0, group=_way.group)
     return tensor
 
 
 def broadcast(tensor: torch.Tensor) -> torch.Tensor:
     """Copy rank 0's `tensor` to all ranks, in place; returns it."""
     if world_size() > 1:
-        dist.broadcast(tensor, src=0)
+        dist.broadcast(tensor, src=0, group=_way.group)
     return tensor
 
 
@@ -76,7 +127,7 @@ def broadcast_object(value: T) -> T:
     if world_size() == 1:
         return value
     box: list[Any] = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=_way.group)
     received: T = box[0]
     return received
 
@@ -86,7 +137,7 @@ def gather_objects(value: T) -> list[T]:
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_way.group)
     return values
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,6 @@ from softprompt_dist.outcome_files import record_failure
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
-_POLL_SECONDS = 0.2
 _received: list[int] = []
 
 
@@ -84,22 +84,35 @@ def ends_while_waiting(*, unless: bool = False) -> Iterator[None]:
     There is nothing to save yet, and no boundary that would be reached. `unless` something goes on
     that must not be torn: then the signal is heard afterwards.
     """
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(_POLL_SECONDS):
-            if wanted():
-                failure = StoppedError(f"{name_of(wanted())} before the ranks met.")
-                record_failure(failure)
-                print(f"Stopped: {failure}", flush=True)
-                os._exit(failure.exit_code)
-
-    if not unless:
-        threading.Thread(target=watch, name="stop-while-waiting", daemon=True).start()
+    if unless or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # The wait is C++'s, during which no handler of Python runs: C's writes the number down at once.
+    heard, hear = os.pipe()
+    os.set_blocking(hear, False)
+    earlier = signal.set_wakeup_fd(hear, warn_on_full_buffer=False)
+    waiting = threading.Thread(target=_end_at_signal, args=(heard,), daemon=True)
+    waiting.start()
     try:
+        if wanted():
+            os.write(hear, bytes([wanted()]))
         yield
     finally:
-        done.set()
+        signal.set_wakeup_fd(earlier)
+        os.write(hear, b"\0")
+        waiting.join()
+        os.close(hear)
+        os.close(heard)
+
+
+def _end_at_signal(heard: int) -> None:
+    while number := os.read(heard, 1)[0]:
+        if number in SIGNALS:
+            failure = StoppedError(f"{name_of(number)} before the ranks met.")
+            record_failure(failure)
+            # Not `sys.stdout`: what libraries print while they wait is kept from people.
+            print(f"Stopped: {failure}", file=sys.__stdout__, flush=True)
+            os._exit(failure.exit_code)
 
 
 def _remember(number: int, frame: FrameType | None) -> None:

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from softprompt_dist.errors import ConfigError, MachineError, SoftpromptError, StoppedError
 from softprompt_dist.outcome_files import of_batch_script, record_failure
+from softprompt_dist.redaction import redact_output, redact_text
 
 Main = Callable[[Sequence[str] | None], None]
 
@@ -162,6 +163,7 @@ def run_verb(main: Main, argv: Sequence[str] | None = None) -> NoReturn:
     Any other exception passes through with its traceback: it is a bug of ours.
     """
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
+    redact_output()
     try:
         main(argv)
     except (Exception, KeyboardInterrupt) as error:
@@ -169,7 +171,7 @@ def run_verb(main: Main, argv: Sequence[str] | None = None) -> NoReturn:
         if failure is None:
             raise
         record_failure(failure)  # before any rank leaves: its launcher ends the others
-        _report(failure, traceback.format_exc() if debug else "")
+        _report(failure, redact_text(traceback.format_exc()) if debug else "")
         _leave(_exit_code(failure))
     if int(os.environ.get("WORLD_SIZE") or "1") > 1:
         # All is written and the ranks have parted. Gloo's threads can still abort the interpreter's

@@ -15,6 +15,7 @@ from softprompt_dist.planning.adaptation_memory import (
     Optimizer,
     host_memory_bytes,
     predict_adaptation_memory,
+    saving_bytes,
 )
 from softprompt_dist.planning.machine import Gpu
 from softprompt_dist.planning.work import training_operations
@@ -77,7 +78,10 @@ class AdaptationPlan:
     engine: Engine
     memory: AdaptationMemory
     host: int
-    """Bytes of a node's memory for off-loading."""
+    """Bytes of a node's memory: for off-loading, and `saving`."""
+    saving: int
+    """Bytes of a node's memory that checkpoints are written from in the background; 0 where there
+    is no room for them, and training must wait for the disk."""
     fits: bool
 
 
@@ -186,9 +190,12 @@ def make_adaptation_plan(question: AdaptationQuestion, engine: Engine) -> Adapta
     work = Workload(question.micro_batch, 0, question.input_length, question.target_length)
     memory = predict_adaptation_memory(architecture, engine, work, cluster, question.optimizer)
     host = host_memory_bytes(architecture, engine, cluster, question.optimizer)
-    room = question.host_memory_gb
-    fits = memory.total <= question.device_bytes and (room is None or host <= room * 1e9)
-    return AdaptationPlan(engine, memory, host, fits)
+    saving = saving_bytes(architecture, engine, cluster, question.optimizer)
+    room = float("inf") if question.host_memory_gb is None else question.host_memory_gb * 1e9
+    fits = memory.total <= question.device_bytes and host <= room
+    if host + saving > room:
+        saving = 0
+    return AdaptationPlan(engine, memory, host + saving, saving, fits)
 
 
 def choose_adaptation(plans: Sequence[AdaptationPlan]) -> AdaptationPlan | None:

@@ -226,6 +226,16 @@ def host_memory_bytes(
     return round((state + 4 * whole) * cluster.gpus_per_node / cluster.num_gpus)
 
 
+def saving_bytes(
+    architecture: Architecture, engine: Engine, cluster: Cluster, optimizer: Optimizer
+) -> int:
+    """Memory of a node that checkpoints are written from in the background: its ranks' parts."""
+    whole = checkpoint_bytes(architecture, optimizer)
+    if engine.stage == 0:
+        return whole  # rank 0 has everything, and copies it
+    return round(whole * cluster.gpus_per_node / cluster.num_gpus)
+
+
 def checkpoint_bytes(architecture: Architecture, optimizer: Optimizer) -> int:
     """On the disk: fp32 weights and the optimizer's state."""
     return _FP32 * architecture.num_parameters + optimizer_bytes(architecture, optimizer)

@@ -60,7 +60,7 @@ def report_adaptation(
         config_path: where the ds_config is written, if it is.
     """
     lines = [*_describe(question), "", *_table(plans, chosen), ""]
-    lines += [f"- {note}" for note in _notes(question)]
+    lines += [f"- {note}" for note in (*_notes(question), _saving_note(plans))]
     lines += ["", *_costs(question)]
     if chosen is not None:
         lines += ["", *_advice(chosen, question, preset, config_path)]
@@ -149,6 +149,15 @@ def _notes(question: AdaptationQuestion) -> list[str]:
     ]
 
 
+def _saving_note(plans: Sequence[AdaptationPlan]) -> str:
+    """What of a node's memory checkpoints take."""
+    most = max(plan.saving for plan in plans) / 1e9
+    return (
+        f"host GB: of a node, for off-loading, and up to {most:.0f} GB from which checkpoints are "
+        "written while training goes on; not where they do not fit (checkpoint.background=false)."
+    )
+
+
 def _costs(question: AdaptationQuestion) -> list[str]:
     """Operations, time, and bytes on the disk."""
     cost = budget(question)
@@ -231,6 +240,8 @@ def _command(
         settings.append(f"optimizer={question.optimizer}")
     if plan.engine.checkpointing:
         settings.append("engine.activation_checkpointing=true")
+    if not plan.saving:
+        settings.append("checkpoint.background=false")
     lines = [
         f"deepspeed {nodes}--num_gpus {cluster.gpus_per_node} -m softprompt_dist.adapt "
         f"--recipe {preset or 'RECIPE'}",

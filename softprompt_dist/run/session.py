@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from softprompt_dist.backbone.fingerprint import assert_unchanged
 from softprompt_dist.config import TuneConfig
 from softprompt_dist.errors import CheckpointError
 from softprompt_dist.lifecycle.attempt import Attempt
+from softprompt_dist.lifecycle.preflight import preflight
 from softprompt_dist.lifecycle.vitals import Vitals
 from softprompt_dist.lifecycle.watchdog import doing
 from softprompt_dist.parallel import ranks, stop
@@ -23,6 +25,11 @@ from softprompt_dist.run.metrics_file import points, read_metrics
 from softprompt_dist.run.outcome import record_untuned, report_outcome
 from softprompt_dist.run.saved_state import TuningState, checkpoint_store, restore
 from softprompt_dist.run.tuning import TuningRun, build_tuning_run
+
+_WIDEST_BACKBONE = 8192
+"""d_model, for as long as the backbone's own is not known."""
+_OTHER_BYTES = 16 * 2**20
+"""For metrics, events, predictions, plots and reports."""
 
 
 def train(
@@ -44,6 +51,7 @@ def train(
     directory.create()
     facts = {"verb": "train", "name": config.name, "steps": config.steps}
     with Attempt(directory.path, config.health, facts) as attempt:
+        preflight(directory.path, _bytes_to_write(config), partial(print, flush=True))
         with doing("loading", config.health.slow_timeout_seconds):
             checkpoint = _find_checkpoint(config, directory, attempt, fresh, must_resume)
             run = build_tuning_run(config, ds_config)
@@ -72,6 +80,12 @@ def _tune(run: TuningRun, state: TuningState, records: Records) -> None:
         assert_unchanged(run.backbone, run.backbone_checksum)
         report_outcome(run, state, records.directory, records.journal)
     attempt.finish(state.step)
+
+
+def _bytes_to_write(config: TuneConfig) -> int:
+    prompt = 4 * config.prompt.prompt_length * _WIDEST_BACKBONE
+    # The prompt, the best one, and at most two states of the optimizer.
+    return (config.checkpoint.keep_last + 1) * 4 * prompt + _OTHER_BYTES
 
 
 def _find_checkpoint(

@@ -161,18 +161,22 @@ def run_function_on_ranks(function, world_size, log_folder, *, timeout=60, env=N
     `function` is a module-level function, or "module:function". Arguments go as JSON, paths as str.
     `env` is a dictionary, or gives the one of a rank.
     """
+    with start_function_on_ranks(function, world_size, log_folder, env=env, **kwargs) as running:
+        running.wait(timeout)
+    results = [Path(log_folder) / f"rank{rank}.json" for rank in range(world_size)]
+    return [json.loads(path.read_text()) for path in results]
+
+
+def start_function_on_ranks(function, world_size, log_folder, *, env=None, **kwargs):
+    """As `run_function_on_ranks`, running: kill it, wait for it."""
     python_path = [WORKER.parent]
     if not isinstance(function, str):
         python_path.append(Path(inspect.getfile(function)).resolve().parent)
         function = f"{function.__module__.rpartition('.')[2]}:{function.__name__}"
-    log_folder = Path(log_folder)
-    results = [log_folder / f"rank{rank}.json" for rank in range(world_size)]
     arguments = json.dumps(kwargs, default=str)
     pattern = _literal(str(log_folder)) + "/rank{rank}.json"
     command = [sys.executable, str(WORKER), function, _literal(arguments), pattern]
-    with RunningRanks(command, world_size, log_folder, env, python_path) as running:
-        running.wait(timeout)
-    return [json.loads(path.read_text()) for path in results]
+    return RunningRanks(command, world_size, log_folder, env, python_path)
 
 
 def free_port():

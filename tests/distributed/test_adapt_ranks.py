@@ -5,10 +5,7 @@ A launch costs its imports, so one world carries out many runs.
 
 import itertools
 import json
-import os
 import shutil
-import signal
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -16,8 +13,8 @@ import pytest
 import torch
 
 from softprompt_dist.adapt_config import AdaptConfig
-from softprompt_dist.adaptation import peak, session
-from softprompt_dist.adaptation import run as adaptation_run
+from softprompt_dist.adaptation import loop, peak, session
+from softprompt_dist.lifecycle import ownership
 from softprompt_dist.parallel import ranks
 from tests import adaptations, runs
 
@@ -30,42 +27,22 @@ SMALL_GROUPS = {"stage": 3, "sub_group_size": 30_000, "stage3_param_persistence_
 
 
 def carry_out(plan):
-    """Carry out the runs of `plan` in this world; the checkpoints that each leaves."""
-    session.draw_curves = lambda directory: None
-    peak._SECONDS_OF_MEASURING = 0.0
-    return [carried_out(**run) for run in plan]
+    """Carry out the runs of `plan` in this world."""
+    loop.draw_curves = lambda directory: None
+    peak._SECONDS_OF_MEASURING = ownership._SETTLING_SECONDS = 0.0
+    for run in plan:
+        carried_out(**run)
 
 
-def carried_out(values, begun_with=None, warned_rank=None):
-    """Names of a run's checkpoints.
-
-    `begun_with` is a checkpoint of another run, from which it goes on; `warned_rank` gets SIGTERM
-    in its second step.
-    """
+def carried_out(values, begun_with=None):
+    """Carry out a run; `begun_with` is a checkpoint of another run, from which it goes on."""
     config = AdaptConfig.model_validate(values)
     checkpoints = Path(config.run_directory) / "checkpoints"
     if begun_with:
         copy = partial(shutil.copytree, begun_with, checkpoints / Path(begun_with).name)
         ranks.on_main(lambda: copy() and None)
     zero = {"zero_optimization": SMALL_GROUPS} if config.engine.zero_stage == 3 else None
-    with warning(warned_rank):
-        session.adapt(config, zero)
-    return sorted(path.name for path in checkpoints.iterdir())
-
-
-@contextmanager
-def warning(warned_rank):
-    update = adaptation_run.AdaptationRun.update
-
-    def update_and_be_warned(run, batches):
-        metrics = update(run, batches)
-        if run.step == 2 and ranks.rank() == warned_rank:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return metrics
-
-    adaptation_run.AdaptationRun.update = update_and_be_warned
-    yield
-    adaptation_run.AdaptationRun.update = update
+    session.adapt(config, zero)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +81,7 @@ def moved(recipe_of, optimizer, stage, world="two"):
 
 @pytest.fixture(scope="module")
 def two_ranks(recipe_of, run_functions):
-    """Runs of a world of two by their names, and the checkpoints of the one that was stopped."""
+    """Runs of a world of two by their names."""
     plan, found = [], {}
 
     def add(values, **how):
@@ -118,11 +95,8 @@ def two_ranks(recipe_of, run_functions):
         add(recipe_of(f"resumed-{optimizer}-{stage}", optimizer, stage), begun_with=begun_with)
     for optimizer in MOVED:
         add(moved(recipe_of, optimizer, 2))
-    stopped = recipe_of("stopped", "adafactor", 2, checkpoint={"every_steps": 100})
-    add(stopped, warned_rank=1)
-    add(stopped)
-    said, _ = run_functions(carry_out, 2, plan=plan, timeout=400)
-    return found, said[-2]
+    run_functions(carry_out, 2, plan=plan, timeout=400)
+    return found
 
 
 def assert_same_run(ours, theirs, step):
@@ -138,19 +112,12 @@ def assert_same_run(ours, theirs, step):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(two_ranks, optimizer, stage):
     whole, resumed = (
-        Path(two_ranks[0][f"{kind}-{optimizer}-{stage}"]["run_directory"])
+        Path(two_ranks[f"{kind}-{optimizer}-{stage}"]["run_directory"])
         for kind in ("whole", "resumed")
     )
     assert_same_run(resumed, whole, 4)
     before, after = (adaptations.checkpoint_tensors(whole, step) for step in (2, 4))
     assert not before["shared.weight"].equal(after["shared.weight"])
-
-
-def test_a_stop_asked_of_one_rank_stops_both_and_is_continued(two_ranks):
-    found, at_stop = two_ranks
-    assert at_stop == ["step-00000002"]
-    stopped, whole = (found[name]["run_directory"] for name in ("stopped", "whole-adafactor-2"))
-    assert_same_run(stopped, whole, 4)
 
 
 def metrics_of(values, kind):
@@ -162,7 +129,7 @@ def metrics_of(values, kind):
 @pytest.fixture(scope="module")
 def elsewhere(two_ranks, recipe_of, run_functions):
     """What worlds of one and of three made of the checkpoints of two."""
-    found, _ = two_ranks
+    found = two_ranks
     for world_size, world, stage in ((1, "one", 0), (3, "three", 3)):
         plan = []
         for optimizer in MOVED:

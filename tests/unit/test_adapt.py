@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from softprompt_dist import adapt
+from softprompt_dist.adaptation import loop, session
 from softprompt_dist.adaptation import model as adaptation_model
-from softprompt_dist.adaptation import session
 from softprompt_dist.adaptation.curves import draw_curves
 from softprompt_dist.adaptation.run import build_run
 from softprompt_dist.errors import BackboneError, ConfigError, NonFiniteLossError
@@ -166,7 +166,7 @@ def metrics_of(config):
 
 
 def test_every_step_and_measurement_is_on_record(make_config, monkeypatch):
-    monkeypatch.setattr(session, "draw_curves", draw_curves)
+    monkeypatch.setattr(loop, "draw_curves", draw_curves)
     config = make_config(validation_corpus=make_config().corpus, z_loss=1e-2)
     session.adapt(config)
     trained = [line for line in metrics_of(config) if "gradient_norm" in line]

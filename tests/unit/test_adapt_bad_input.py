@@ -20,16 +20,28 @@ def quick(tmp_path, monkeypatch):
     adaptations.make_quick(monkeypatch, tmp_path / "cache")
 
 
+def without_outcome(run_dir):
+    """What lies in a run directory, but for the files that say how the latest attempt ended."""
+    names = {"DONE", "why", "heartbeat.json"}
+    return {name: content for name, content in contents(run_dir).items() if name not in names}
+
+
 @pytest.fixture
 def refused(said, tmp_path):
-    """`refused(*arguments, **changes)`: what the verb says; it must leave nothing of a run."""
+    """`refused(*arguments, **changes)`: what the verb says; it must leave nothing of a run.
+
+    But for the reason, which tells a batch script that it need not try again.
+    """
 
     def outcome(*arguments, **changes):
         run_dir = tmp_path / "run"
-        before = contents(run_dir)
+        before = without_outcome(run_dir)
         recipe = adaptations.write_recipe(tmp_path, adaptations.recipe_values(tmp_path, **changes))
         found = said(adapt.main, "--recipe", recipe, "--run-dir", run_dir, *arguments)
-        assert contents(run_dir) == before
+        assert without_outcome(run_dir) == before
+        if (run_dir / "why").exists() and "--export" not in arguments:
+            assert (run_dir / "why").read_text().startswith("fatal: ")
+            assert not (run_dir / "DONE").exists()
         return found
 
     return outcome

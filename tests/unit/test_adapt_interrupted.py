@@ -1,8 +1,6 @@
 """Adaptations that were ended at bad moments, or started again where something lies already."""
 
-import os
 import shutil
-import signal
 
 import pytest
 import torch
@@ -34,23 +32,9 @@ def test_an_export_that_a_kill_prevented_is_made_by_the_resume(make_config, tmp_
     assert (tmp_path / "run" / "export").is_dir()
 
 
-def test_a_stop_in_the_last_update_exports_and_keeps_the_next_stage_from_starting(
-    make_config, monkeypatch, tmp_path
-):
-    update = adaptation_run.AdaptationRun.update
-
-    def warned(run, batches):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return update(run, batches)
-
-    monkeypatch.setattr(adaptation_run.AdaptationRun, "update", warned)
-    assert not session.adapt(make_config(steps=1))
-    assert (tmp_path / "run" / "export" / "model.safetensors").is_file()
-
-
 def test_a_fresh_start_sets_nothing_aside_while_an_export_is_in_its_way(make_config, tmp_path):
     config = make_config(steps=2)
-    assert session.adapt(config)
+    session.adapt(config)
     before = sorted((tmp_path / "run" / "checkpoints").iterdir())
     with pytest.raises(ConfigError, match="export is not empty.*Remove or rename"):
         session.adapt(config, fresh=True)

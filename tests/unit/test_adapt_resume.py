@@ -1,13 +1,10 @@
 """Runs that are continued are the uninterrupted ones; those that are others are refused."""
 
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
 
-from softprompt_dist.adaptation import run as adaptation_run
 from softprompt_dist.adaptation import session
 from softprompt_dist.config import TuneConfig
 from softprompt_dist.errors import CheckpointError
@@ -21,6 +18,7 @@ pytestmark = pytest.mark.usefixtures("world_of_adaptations")
 FACTORED = adaptations.ARCHITECTURE | {"d_model": 128, "d_ff": 128}
 
 
+@pytest.mark.drill("D16")
 @pytest.mark.parametrize(
     "settings",
     [
@@ -61,6 +59,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(make_config, damage, f
     assert_same(adaptations.exported(config.run_directory), expected)
 
 
+@pytest.mark.drill("D38")
 def test_a_checkpoint_of_another_recipe_or_corpus_is_refused(make_config, tmp_path):
     session.adapt(make_config(steps=3))
     with pytest.raises(CheckpointError, match=r"learning_rate: saved 0.02, now 0.5.*--fresh"):
@@ -79,7 +78,8 @@ def test_what_does_not_change_the_result_may_change(make_config, tmp_path):
         corpus=[str(moved)],
         batch={"global_batch_size": 12, "micro_batch_size": 4},
         engine={"zero_stage": 2},
-        checkpoint={"every_steps": 2, "keep_last": 9},
+        checkpoint={"every_steps": 2, "keep_last": 9, "background": False},
+        health={"spike_sigmas": 9.0},
     )
     session.adapt(changed, must_resume=True)
     assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == [
@@ -94,28 +94,6 @@ def test_fresh_sets_the_old_run_aside(make_config, tmp_path):
     names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
     steps = {"step-00000002", "step-00000003"}
     assert names == steps | {f"discarded-{name}" for name in steps}
-
-
-def test_a_request_to_stop_saves_and_the_same_command_continues(make_config, monkeypatch):
-    def update_and_be_warned(run, batches):
-        if run.step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return update(run, batches)
-
-    update = adaptation_run.AdaptationRun.update
-    before = signal.getsignal(signal.SIGTERM)
-    config = make_config(checkpoint={"every_steps": 100, "keep_last": 1})
-    with monkeypatch.context() as patched:
-        patched.setattr(adaptation_run.AdaptationRun, "update", update_and_be_warned)
-        session.adapt(config)
-    folder = Path(config.run_directory)
-    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-00000002"]
-    assert not (folder / "export").exists()
-    assert signal.getsignal(signal.SIGTERM) is before
-    session.adapt(config, must_resume=True)
-    undisturbed = make_config("undisturbed")
-    session.adapt(undisturbed)
-    assert_same(adaptations.exported(folder), adaptations.exported(undisturbed.run_directory))
 
 
 def test_tuning_does_not_continue_an_adaptation(make_config, tiny_recipe):

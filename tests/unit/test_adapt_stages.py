@@ -1,6 +1,7 @@
 """A recipe of several stages becomes several adaptations, each begun with an earlier export."""
 
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,11 @@ import yaml
 
 from softprompt_dist import adapt
 from softprompt_dist.adapt_stages import choose_stages, load_stages
+from softprompt_dist.adaptation import run as adaptation_run
 from softprompt_dist.errors import ConfigError
+from softprompt_dist.parallel import stop
 from tests import adaptations
+from tests.adaptations import assert_same
 from tests.messages import assert_message
 
 RECIPE = {
@@ -143,31 +147,85 @@ def test_a_dry_run_prints_every_stage_and_writes_nothing(said, write, tmp_path):
     assert not run_dir.exists()
 
 
-@pytest.mark.usefixtures("lone_process")
-def test_two_stages_by_one_command(said, tmp_path, monkeypatch):
+@pytest.fixture
+def two_stages(lone_process, tmp_path, monkeypatch):
     adaptations.make_quick(monkeypatch, tmp_path / "cache")
     values = adaptations.recipe_values(tmp_path)
     common = {key: values[key] for key in values if key not in ("init", "objective", "steps")}
     stages = {
         "span": {"init": "from_config", "objective": "span_corruption", "steps": 2},
-        "lm": {"objective": "prefix_lm", "steps": 3},
+        "lm": {"objective": "prefix_lm", "steps": 4},
     }
-    recipe = adaptations.write_recipe(tmp_path, common | {"name": "both", "stages": stages})
+    common |= {"name": "both", "stages": stages, "checkpoint": {"every_steps": 3}}
+    return str(adaptations.write_recipe(tmp_path, common))
+
+
+def test_two_stages_by_one_command(said, two_stages, tmp_path):
     run_dir = tmp_path / "both"
-    arguments = ["--recipe", recipe, "--run-dir", run_dir]
+    arguments = ["--recipe", two_stages, "--run-dir", run_dir]
     assert said(adapt.main, *arguments)[0] == 0
     card = (run_dir / "lm" / "export" / "README.md").read_text()
     assert "| both-span | span_corruption | 2 |" in card
-    assert "| both-lm | prefix_lm | 3 |" in card
+    assert "| both-lm | prefix_lm | 4 |" in card
     weights = adaptations.exported(run_dir / "lm")
 
     code, out, _ = said(adapt.main, *arguments)
     assert code == 0
     assert "All 2 steps are done" in out
-    assert "All 3 steps are done" in out
+    assert "All 4 steps are done" in out
 
     # Stopped between the two: what --resume asks of the run holds for the run, not every stage.
     shutil.rmtree(run_dir / "lm")
+    (run_dir / "step").write_text("2\n")
     assert said(adapt.main, *arguments, "--resume")[0] == 0
     again = adaptations.exported(run_dir / "lm")
     assert all(weights[name].equal(again[name]) for name in weights)
+
+
+@pytest.mark.usefixtures("listening")
+@pytest.mark.parametrize("stopped_in", [(1, "span"), (5, "lm")], ids=str)
+def test_stages_are_one_run(said, two_stages, tmp_path, signalled_in, stopped_in):
+    step, stage = stopped_in
+
+    def command(name):
+        return said(adapt.main, "--recipe", two_stages, "--run-dir", tmp_path / name)
+
+    def outcome(name):
+        folder = tmp_path / name
+        return [
+            (folder / file).read_text().strip() if (folder / file).exists() else None
+            for file in ("DONE", "why", "step")
+        ]
+
+    signalled_in(adaptation_run.AdaptationRun, "update", call=step, number=signal.SIGTERM)
+    code, out, _ = command("stopped")
+    assert code == 0
+    told = f"SIGTERM after step {step}, which is saved."
+    assert f"Stopped: {told}" in out
+    assert outcome("stopped") == [None, f"signal: {told}", str(step)]
+    assert (tmp_path / "stopped" / "lm").exists() == (stage == "lm")
+    assert not (tmp_path / "stopped" / stage / "export").exists()
+    for name in ("stopped", "whole"):
+        stop.forget()
+        assert command(name)[0] == 0
+        assert outcome(name) == ["6", "done", "6"]
+        assert not (tmp_path / name / "lm" / "why").exists()
+    ours, theirs = (tmp_path / name / "lm" for name in ("stopped", "whole"))
+    assert_same(adaptations.exported(ours), adaptations.exported(theirs))
+
+
+def test_one_stage_of_several_counts_the_steps_before_it(said, two_stages, tmp_path):
+    folder = tmp_path / "run"
+    arguments = ["--recipe", two_stages, "--run-dir", folder]
+    for stage, step in (("span", "2"), ("lm", "6")):
+        assert said(adapt.main, *arguments, "--stage", stage)[0] == 0
+        assert (folder / "DONE").read_text() == f"{step}\n"
+        assert (folder / "step").read_text() == f"{step}\n"
+    shutil.rmtree(folder / "lm")
+    code, _, err = said(adapt.main, *arguments)
+    assert code == 2
+    assert "step 6 was saved, but no checkpoint is there" in err
+    assert (folder / "why").read_text().startswith("fatal: ")
+    assert not (folder / "DONE").exists()
+    assert said(adapt.main, *arguments, "--stage", "lm", "--fresh")[0] == 0
+    assert (folder / "DONE").read_text() == "6\n"

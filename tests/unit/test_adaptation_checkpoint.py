@@ -90,6 +90,7 @@ def test_the_last_ones_and_those_to_be_exported_are_kept(store):
     assert names(store.folder) == [f"step-{step:08d}" for step in (10, 30, 50, 60)]
 
 
+@pytest.mark.drill("D7")
 @pytest.mark.parametrize("damage", [flip_bit, truncate, os.remove])
 @pytest.mark.parametrize("file", FILES)
 def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(store, caplog, file, damage):
@@ -113,6 +114,7 @@ def test_a_damaged_manifest_is_set_aside(store, damage):
     assert_newest_is(store, 10)
 
 
+@pytest.mark.drill("D8")
 def test_all_damaged_never_means_step_0(store):
     save(store, 20)
     flip_bit(store.folder / "step-00000020" / WEIGHTS)
@@ -123,6 +125,7 @@ def test_all_damaged_never_means_step_0(store):
     assert store.newest() is None
 
 
+@pytest.mark.drill("D2")
 def test_leftovers_of_a_killed_save_are_removed_and_never_loaded(store):
     save(store, 10)
     shutil.copytree(store.folder / "step-00000010", store.folder / ".tmp-step-abc")
@@ -151,6 +154,7 @@ def test_a_damaged_published_checkpoint_makes_way_for_the_same_step(store):
     assert "corrupt-step-00000010" in names(store.folder)
 
 
+@pytest.mark.drill("D9")
 @pytest.mark.parametrize("place", ["weights", *range(1, 8)])
 def test_a_full_disk_leaves_the_old_checkpoints(store, monkeypatch, place):
     save(store, 20)

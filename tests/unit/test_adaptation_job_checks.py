@@ -240,6 +240,8 @@ def test_memory_that_is_too_small_fails(
     monkeypatch.setattr(adaptation_room, "on_gpu", lambda: True)
     found = check()
     assert found["room on the GPU"].status == status
+    assert found["room on the host"].status == status, "the copy that checkpoints are written from"
+    found = check(checkpoint={"background": False})
     assert "room on the host" not in found
     if status == "fail":
         assert "softprompt plan --stage adapt --gpus 2" in found["room on the GPU"].remedy

@@ -29,6 +29,7 @@ from softprompt_dist.planning.adaptation_memory import (
     matrix_shapes,
     num_statistics,
     predict_adaptation_memory,
+    saving_bytes,
 )
 from softprompt_dist.planning.machine import GPUS
 from softprompt_dist.planning.work import training_operations
@@ -142,6 +143,22 @@ def test_bytes_on_the_disk_and_in_the_nodes_memory() -> None:
     halves = host_memory_bytes(xxl, Engine(2, offload=True), Cluster(4, nodes=2), "adamw")
     assert halves == pytest.approx(adam / 2)
     assert host_memory_bytes(xxl, Engine(2), Cluster(4), "adamw") == 0
+
+
+def test_checkpoints_are_written_from_a_copy_in_the_nodes_memory() -> None:
+    xxl = known(XXL)
+    whole = checkpoint_bytes(xxl, "adamw")
+    assert saving_bytes(xxl, Engine(2), Cluster(4), "adamw") == whole
+    assert saving_bytes(xxl, Engine(3), Cluster(4, nodes=2), "adamw") == pytest.approx(whole / 2)
+    assert saving_bytes(xxl, Engine(0), Cluster(4, nodes=2), "adamw") == whole, "rank 0 has all"
+
+
+def test_a_node_without_room_for_the_copy_waits_for_the_disk() -> None:
+    plans = [
+        choose_adaptation(adaptation_plans(replace(ask(), host_memory_gb=gb))) for gb in (45, 44)
+    ]
+    assert [plan and plan.engine for plan in plans] == [chosen(ask())] * 2
+    assert [plan and round(plan.saving / 1e9, 1) for plan in plans] == [44.6, 0]
 
 
 def ask(model: str = XXL, *, gb: float = 80, gpus: int = 8, rows: int = 16) -> AdaptationQuestion:
