@@ -57,6 +57,7 @@ def our_run(settings: Mapping[str, Any]) -> dict[str, Any]:
             TimedJournal(directory, config.steps) as journal,
         ):
             state = restore(run, None)
+            state.validated_step = 0  # the clock is for updates
             vitals = Vitals(attempt, journal.say)
             clock.start()
             tune(run, state, Records(directory, journal, attempt, vitals))

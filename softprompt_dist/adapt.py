@@ -106,7 +106,7 @@ def _adapt(
     facts = {"verb": "adapt", "name": name, "steps": total}
     with Attempt(folder, stages[0].health, facts) as attempt:
         attempt.steps_before = before
-        if options.fresh:
+        if attempt.begins_anew(options.fresh):
             set_aside(stages, attempt)
         for number, stage in enumerate(stages):
             config, ds_config = _with_ds_config(stage, options)

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 FOLDER_VARIABLE = "SOFTPROMPT_OUTCOME"
 """Where the batch script wants these files, also before Python knows the run directory."""
 RUNNING = "running"
+_ANEW = ".begun-anew-by"
 _LONGEST_REASON = 2000
 _BEGUN = time.time()
 """When this process began, about."""
@@ -96,9 +97,15 @@ class OutcomeFiles:
         text = first_line(self.step)
         return int(text) if text.isdecimal() else 0
 
-    def begin_anew(self) -> None:
-        """The checkpoints were set aside: none is published."""
+    def begin_anew(self, job: str = "") -> None:
+        """The checkpoints were set aside, for Slurm's `job` if it is one: none is published."""
         self.step.unlink(missing_ok=True)
+        if job:
+            replace_file(self.folder / _ANEW, f"{job}\n".encode())
+
+    def has_begun_anew(self, job: str) -> bool:
+        """Whether an earlier attempt of the same job has done so."""
+        return bool(job) and first_line(self.folder / _ANEW) == job
 
     def check_resumed(self, step: int) -> None:
         """Whether a run that goes on after `step` is as far as it once was.

@@ -37,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.recipe = options.recipe or DEMO_RECIPE
     config, ds_config = tune_config(options)
 
+    if not options.dry_run:
+        begin_in(Path(str(config.run_directory)))
     # Only now torch and its like: a wrong option or recipe is answered at once.
     from softprompt_dist.parallel import ranks
     from softprompt_dist.parallel.join import join_world, leave_world
@@ -47,7 +49,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if without_recipe and ranks.is_main():
         print(f"No --recipe given: running the {DEMO_RECIPE!r} recipe.", flush=True)
-    begin_in(Path(str(config.run_directory)))
     join_world(debug=options.debug)
     from softprompt_dist.run.session import train
 

@@ -30,7 +30,7 @@ from softprompt_dist.recipe import to_yaml
 from softprompt_dist.run.directory import RunDirectory
 from softprompt_dist.run.environment import describe_environment
 from softprompt_dist.run.journal import Journal
-from softprompt_dist.run.metrics_file import points, read_metrics
+from softprompt_dist.run.metrics_file import usual_losses
 
 
 def adapt(
@@ -54,7 +54,7 @@ def adapt(
     """
     facts = {"verb": "adapt", "name": config.name, "steps": config.steps}
     with Attempt(Path(str(config.run_directory)), config.health, facts) as attempt:
-        if fresh:
+        if attempt.begins_anew(fresh):
             set_aside([config], attempt)
         adapt_stage(config, ds_config, attempt, must_resume=must_resume)
         attempt.finish(config.steps)
@@ -90,7 +90,9 @@ def adapt_stage(
             say=journal.say,
             limit_seconds=config.health.slow_timeout_seconds,
         )
-        vitals = Vitals(attempt, journal.say, _earlier_losses(directory, config))
+        window = config.health.spike_window
+        losses = ranks.on_main(lambda: usual_losses(directory.metrics, window))
+        vitals = Vitals(attempt, journal.say, losses)
         with saver, run.batches() as batches:
             records = Records(directory, journal, attempt, vitals, saver)
             AdaptationLoop(run, records).train(batches)
@@ -113,7 +115,10 @@ def set_aside(stages: Sequence[AdaptConfig], attempt: Attempt) -> None:
     for config, directory in zip(stages, directories, strict=True):
         _store(config, directory, attempt).discard_all()
     # Only now: a step on record without its checkpoint is refused, and that is the safe side.
-    ranks.on_main(lambda: _publish_no_step(attempt))
+    before = ranks.on_main(lambda: min(attempt.files.published_step(), attempt.steps_before))
+    attempt.begun_anew()
+    if before:  # of the stages that stay
+        ranks.on_main(lambda: attempt.files.publish_step(before))
 
 
 def export_newest(config: AdaptConfig, ds_config: dict[str, Any] | None, folder: Path) -> None:
@@ -178,14 +183,6 @@ def _check_resumed(attempt: Attempt, step: int, steps: int) -> None:
         attempt.files.check_resumed(attempt.steps_before + step if step else 0)
 
 
-def _publish_no_step(attempt: Attempt) -> None:
-    """None of the stages that were set aside; those of the stages before stay."""
-    before = min(attempt.files.published_step(), attempt.steps_before)
-    attempt.files.begin_anew()
-    if before:
-        attempt.files.publish_step(before)
-
-
 def _look_ahead(run: AdaptationRun, directory: RunDirectory) -> None:
     """All ranks: refuse now what would end the run at its first save or export."""
     check_ahead(run, directory.path)
@@ -193,12 +190,6 @@ def _look_ahead(run: AdaptationRun, directory: RunDirectory) -> None:
     needed = 0 if is_done else num_bytes_of(state_of(run).tensors)
     say = partial(print, flush=True)
     preflight(directory.path, needed, say, shared_for="so that a resume can read its checkpoints")
-
-
-def _earlier_losses(directory: RunDirectory, config: AdaptConfig) -> list[float]:
-    """All ranks: what the earlier attempts logged of the latest steps."""
-    lines = ranks.on_main(lambda: read_metrics(directory.metrics))
-    return points(lines, "train", "loss")[1][-2 * config.health.spike_window :]
 
 
 def _store(

@@ -74,6 +74,19 @@ class Attempt:
                 self.files.end(f"{error.outcome}: {error}")
         self._ownership.release()
 
+    def begins_anew(self, is_asked: bool) -> bool:
+        """All ranks: whether earlier checkpoints shall be set aside, as `--fresh` asks.
+
+        Slurm starts a job again with the command that it had: what the job's own attempts have
+        saved is not set aside.
+        """
+        job = self._ownership.owner.job
+        return is_asked and not ranks.on_main(lambda: self.files.has_begun_anew(job))
+
+    def begun_anew(self) -> None:
+        """All ranks: the checkpoints were set aside."""
+        ranks.on_main(lambda: self.files.begin_anew(self._ownership.owner.job))
+
     def note(self, **values: Any) -> None:
         """What the heartbeat says from now on: `step`, `steps`, `loss`, `tokens_per_second`."""
         tick()

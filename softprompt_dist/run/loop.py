@@ -48,8 +48,9 @@ def tune(run: TuningRun, state: TuningState, records: Records) -> None:
     while state.step < config.steps and not _has_stalled(run, state):
         with doing(f"step {state.step + 1}", records.vitals.step_limit_seconds):
             metrics = _update(run, state, store, records.vitals)
+        why = attempt.stop_wanted()  # first: who was superseded writes nothing more
         journal.log(state.step, metrics)
-        why = attempt.stop_wanted() or _validate_if_due(run, state, records)
+        why = why or _validate_if_due(run, state, records)
         ends = state.step == config.steps or _has_stalled(run, state)
         if why or ends or state.step % config.checkpoint.every_steps == 0:
             save(run, state, store)

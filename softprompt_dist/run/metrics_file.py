@@ -55,6 +55,12 @@ def points(
     return [line["step"] for line in chosen], [line[name] for line in chosen]
 
 
+def usual_losses(path: Path, count: int) -> list[float]:
+    """The latest train losses that were not flagged as spikes."""
+    usual = [line for line in read_metrics(path) if "loss_spike_sigmas" not in line]
+    return points(usual, "train", "loss")[1][-count:]
+
+
 def _parse(text: str) -> dict[str, Any] | None:
     try:
         line = json.loads(text)

@@ -118,6 +118,7 @@ def restore(run: TuningRun, checkpoint: Checkpoint | None) -> TuningState:
     if checkpoint is None:
         return TuningState(best_prompt_PD=run.prompt.weight.detach().clone())
     values, tensors = checkpoint.state, checkpoint.tensors
+    values.setdefault("validated_step", checkpoint.step)  # earlier versions did not save it
     ranks.together(lambda: _check_belongs(run, checkpoint))
     ranks.together(lambda: _check_forms(run, checkpoint))
     with torch.no_grad():

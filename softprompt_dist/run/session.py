@@ -21,7 +21,7 @@ from softprompt_dist.run.directory import RunDirectory
 from softprompt_dist.run.environment import describe_environment
 from softprompt_dist.run.journal import Journal
 from softprompt_dist.run.loop import Records, publish_prompt, tune
-from softprompt_dist.run.metrics_file import points, read_metrics
+from softprompt_dist.run.metrics_file import usual_losses
 from softprompt_dist.run.outcome import record_untuned, report_outcome
 from softprompt_dist.run.saved_state import TuningState, checkpoint_store, restore
 from softprompt_dist.run.tuning import TuningRun, build_tuning_run
@@ -59,7 +59,8 @@ def train(
         # Only once the checkpoint has been found to belong to this recipe.
         directory.record(to_yaml(config), describe_environment(), _data_records(run))
         with Journal(directory, config.steps, start_step=state.step) as journal:
-            losses = _earlier_losses(directory, config)
+            window = config.health.spike_window
+            losses = ranks.on_main(lambda: usual_losses(directory.metrics, window))
             vitals = Vitals(attempt, journal.say, losses)
             _tune(run, state, Records(directory, journal, attempt, vitals))
 
@@ -75,7 +76,8 @@ def _tune(run: TuningRun, state: TuningState, records: Records) -> None:
     if state.step == 0:
         with doing("scoring the untuned prompt", health.slow_timeout_seconds):
             record_untuned(run, records.directory)
-    tune(run, state, records)
+    with doing("between two steps", health.step_timeout_seconds):
+        tune(run, state, records)
     with doing("scoring the result", health.slow_timeout_seconds):
         assert_unchanged(run.backbone, run.backbone_checksum)
         report_outcome(run, state, records.directory, records.journal)
@@ -93,9 +95,9 @@ def _find_checkpoint(
 ) -> Checkpoint | None:
     """All ranks: what the run continues from, before any weight is read."""
     store = checkpoint_store(config, directory, attempt)
-    if fresh:
+    if attempt.begins_anew(fresh):
         store.discard_all()
-        ranks.on_main(attempt.files.begin_anew)
+        attempt.begun_anew()
     checkpoint = store.load_newest()
     if must_resume and checkpoint is None:
         ranks.together(lambda: _refuse_to_start(directory))
@@ -103,12 +105,6 @@ def _find_checkpoint(
     ranks.on_main(lambda: attempt.files.check_resumed(step))
     stop.end_here_if_asked("reading the checkpoint")
     return checkpoint
-
-
-def _earlier_losses(directory: RunDirectory, config: TuneConfig) -> list[float]:
-    """All ranks: what the earlier attempts logged of the latest steps."""
-    lines = ranks.on_main(lambda: read_metrics(directory.metrics))
-    return points(lines, "train", "loss")[1][-2 * config.health.spike_window :]
 
 
 def _refuse_to_start(directory: RunDirectory) -> None:

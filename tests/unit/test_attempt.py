@@ -172,3 +172,22 @@ def test_what_befalls_a_superseded_attempt_is_not_told_of_the_other(
     owner.unlink()  # the other has left
     record_failure(HangError("Rank 0 made no progress"))
     assert first_line(tmp_path / "why") == "hang: Rank 0 made no progress"
+
+
+def test_fresh_is_for_the_first_attempt_of_a_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm starts a job again with the command that it had."""
+
+    def begins_anew(job: str, restart: int) -> bool:
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        with Attempt(tmp_path, HealthConfig(), {}) as attempt:
+            if attempt.begins_anew(True):
+                attempt.begun_anew()
+                return True
+            assert not attempt.begins_anew(False)
+            return False
+
+    assert [begins_anew("41", restart) for restart in (0, 1, 2)] == [True, False, False]
+    assert begins_anew("42", 0)
