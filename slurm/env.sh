@@ -42,7 +42,8 @@ run_on_every_gpu() {
     # shellcheck disable=SC2016  # expanded in the task, on its node
     local in_task='mkdir -p -- "$TMPDIR" && [[ -O $TMPDIR && ! -L $TMPDIR ]] || {
         echo "$TMPDIR belongs to somebody else" >&2; exit 1; }; exec "$@"'
-    run_and_pass_signals_on srun --kill-on-bad-exit=1 --wait=60 --unbuffered "${srun_options[@]}" \
+    run_and_pass_signals_on srun --export=ALL --kill-on-bad-exit=1 --wait=60 \
+        --unbuffered "${srun_options[@]}" \
         "${container[@]}" bash -c "$in_task" _ python -u -m "$@"
     remove_caches
 }

@@ -7,6 +7,7 @@
 #                            or RUN_DIR:STEP for at least so many steps
 #   SOFTPROMPT_MIN_PROGRESS  so many steps make an attempt one with progress; default: 1
 #   SOFTPROMPT_MAX_ATTEMPTS  so many attempts without progress in a row are the last; default: 3
+#   SOFTPROMPT_MAX_WARNED    so many that were told to end without progress, too; default: 10
 
 attempt=${SLURM_JOB_ID:?not inside a Slurm job: submit with sbatch}.${SLURM_RESTART_COUNT:-0}
 # The last element of an array has the array's own number, which would mean all elements.
@@ -24,7 +25,7 @@ is_requeued=
 #   75  it should go on, but the job cannot be queued again
 #  143  Slurm ends the job, and nobody has asked this script: cancelled, preempted, a node lost
 run_until_done() {
-    local module=$1 run_dir=$2 began attempts status=0
+    local module=$1 run_dir=$2 began attempts warned status=0
     shift 2
     # First of all: until then a signal would end this shell, and the job with it.
     trap 'pass_on USR1' USR1
@@ -105,20 +106,26 @@ refuse() {
 
 # Counted before it runs: an attempt that takes its node along cannot count itself.
 count_attempt() {
-    attempts=$(number_in "$run_dir/no_progress")
+    attempts=$(number_in "$run_dir/no_progress") warned=$(number_in "$run_dir/no_progress" 3)
     if ((began - $(number_in "$run_dir/no_progress" 2) >= ${SOFTPROMPT_MIN_PROGRESS:-1})); then
-        attempts=0
+        attempts=0 warned=0
     fi
     give_up_after_too_many
-    write_file "$run_dir/no_progress" "$((attempts + 1))"$'\n'"$began"
+    write_file "$run_dir/no_progress" "$((attempts + 1))"$'\n'"$began"$'\n'"$warned"
     write_file "$run_dir/why" running
 }
 
 # run_and_pass_signals_on COMMAND...: sets `status` to what it ended with.
 run_and_pass_signals_on() {
     local name
+    if [[ -n $received ]]; then
+        status=0    # nothing is started that would only have to end
+        return
+    fi
     "$@" &
     child=$!
+    # Sent in between. Not passed on at once: what has been forked and is not srun yet hears nothing.
+    [[ -z $received ]] || sleep 1
     for name in $received; do kill -s "$name" "$child" || true; done
     # A trapped signal ends `wait`, not the child: the ranks are saving.
     while :; do
@@ -149,11 +156,13 @@ judge() {
     [[ -z $received && ($status -ne 0 || $why != signal:*) ]] || is_calm=yes
     tell_what_python_could_not
     if ((step - began >= ${SOFTPROMPT_MIN_PROGRESS:-1})); then
-        attempts=0
-    elif [[ -z $is_calm ]]; then
+        attempts=0 warned=0
+    elif [[ -n $is_calm ]]; then
+        warned=$((warned + 1))
+    else
         attempts=$((attempts + 1))
     fi
-    write_file "$run_dir/no_progress" "$attempts"$'\n'"$step"
+    write_file "$run_dir/no_progress" "$attempts"$'\n'"$step"$'\n'"$warned"
     [[ $why != fatal:* ]] || give_up "$why"
     [[ $why != stop:* && ! -e $run_dir/STOP ]] || finish_stopped
     give_up_after_too_many
@@ -167,8 +176,9 @@ leave_if_superseded() {
     local restarts
     [[ -z $is_requeued ]] || return 0
     restarts=$(scontrol show job "$slurm_job" 2>/dev/null |
-        sed -n 's/.* Restarts=\([0-9]*\).*/\1/p')
-    [[ ${restarts:-0} != "${SLURM_RESTART_COUNT:-0}" ]] || return 0
+        sed -n 's/.* Restarts=\([0-9]*\).*/\1/p') || true
+    # Empty: the controller does not answer, which says nothing of this job.
+    [[ -n $restarts && $restarts != "${SLURM_RESTART_COUNT:-0}" ]] || return 0
     # Preempted or near a lost node: Slurm has queued the job again, and waits for this script.
     [[ -z $received || $(state_of "$slurm_job") == RUNNING\ * ]] || return 0
     finish 143 "Slurm has given this job to other nodes" "nothing to do; a later attempt goes on"
@@ -226,6 +236,10 @@ state_of() {
 }
 
 give_up_after_too_many() {
+    # Nothing went wrong, but nothing comes of it: the time limit is too short to save even once.
+    ((warned < ${SOFTPROMPT_MAX_WARNED:-10})) ||
+        give_up "$warned attempts in a row were told to end before they had saved anything new; \
+give them more time"
     ((attempts < ${SOFTPROMPT_MAX_ATTEMPTS:-3})) ||
         give_up "$attempts attempts in a row without progress; last: $(line_of "$run_dir/why")"
 }

@@ -85,8 +85,16 @@ class OutcomeFiles:
             StopFileError: there is a STOP file.
         """
         self.refuse_if_stopped()
-        self.done.unlink(missing_ok=True)
         replace_file(self.why, f"{RUNNING}\n".encode())
+
+    def begin_again(self) -> None:
+        """As `begin`, of a verb that does all of its work anew.
+
+        Raises:
+            StopFileError: there is a STOP file.
+        """
+        self.begin()
+        self.done.unlink(missing_ok=True)
 
     def publish_step(self, step: int) -> None:
         """A checkpoint of `step` is on the disk."""
@@ -121,6 +129,7 @@ class OutcomeFiles:
             )
         if step < published:
             log.warning("Step %d was saved once; going on after step %d.", published, step)
+        if step != published:  # greater after a kill between a checkpoint and its record here
             self.publish_step(step)
 
     def finish(self, step: int) -> None:

@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     join_world(debug=options.debug)
     outcome = of_batch_script()
     if outcome is not None:
-        ranks.on_main(outcome.begin)
+        ranks.on_main(outcome.begin_again)
     from softprompt_dist.run.prediction import predict
     from softprompt_dist.run.prediction_desk import DEFAULT_WINDOW, PredictionRequest
 

@@ -31,7 +31,9 @@ _KEY_BEFORE = re.compile(r"[\w.-]+\Z")
 _LONGEST_KEY = 128
 _SHAPES = re.compile(
     r"(?<=://)[^/@\s'\"]+(?=@)"
-    r"|(?<![A-Za-z0-9_-])(?:hf|gh[oprsu]|github_pat|glpat|sk|pypi|xox[abprs])[_-][A-Za-z0-9_-]{16,}"
+    r"|(?<![A-Za-z0-9_-])(?:(?:hf|gh[oprsu])_[A-Za-z0-9]{16,}|github_pat_[A-Za-z0-9_]{16,}"
+    r"|(?:pypi-Ag|(?:glpat|xox[abprs]|sk-(?:proj|ant|svcacct|or))-)[A-Za-z0-9_-]{16,}"
+    r"|sk[_-](?:[a-z0-9]+[_-]){0,3}[A-Za-z0-9]{16,}[A-Za-z0-9_-]*)"
     r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"
     r"|(?<![A-Za-z0-9_-])eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]*"
 )

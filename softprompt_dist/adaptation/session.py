@@ -80,6 +80,7 @@ def adapt_stage(
     with doing("loading", config.health.slow_timeout_seconds):
         run = _load(config, ds_config, attempt, must_resume)
         _look_ahead(run, directory)
+    attempt.reopen()  # only now: a recipe that does not belong here leaves all as it was
     directory.record(to_yaml(config), describe_environment(), _data_record(run))
     with Journal(
         directory, config.steps, start_step=run.step, shown=SHOWN_WHILE_TRAINING
@@ -95,7 +96,9 @@ def adapt_stage(
         vitals = Vitals(attempt, journal.say, losses)
         with saver, run.batches() as batches:
             records = Records(directory, journal, attempt, vitals, saver)
-            AdaptationLoop(run, records).train(batches)
+            loop = AdaptationLoop(run, records)
+            with doing("between two steps", config.health.step_timeout_seconds):
+                loop.train(batches)
 
 
 def set_aside(stages: Sequence[AdaptConfig], attempt: Attempt) -> None:

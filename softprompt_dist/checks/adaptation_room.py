@@ -67,7 +67,7 @@ def check_memory_room(
     """The predicted peak of a step against the memory of the GPU and of the host."""
     if architecture is None:
         return [Finding("room", "ok", "not predicted for this model")]
-    inputs, targets = _row_lengths(config)
+    inputs, targets = row_lengths(config)
     work = Workload(config.batch.micro_batch_size, 0, inputs, targets)
     cluster = world.cluster
     memory = predict_adaptation_memory(architecture, engine, work, cluster, config.optimizer)
@@ -109,8 +109,8 @@ def disk_free(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def _row_lengths(config: AdaptConfig) -> tuple[int, int]:
-    """Encoder and decoder positions."""
+def row_lengths(config: AdaptConfig) -> tuple[int, int]:
+    """Encoder and decoder positions of a row."""
     if config.objective == "lm":
         return 0, config.targets_length
     if config.objective == "prefix_lm":

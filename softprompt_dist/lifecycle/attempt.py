@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from softprompt_dist.errors import SoftpromptError, StoppedError, SupersededError
+from softprompt_dist.errors import MachineError, SoftpromptError, StoppedError, SupersededError
 from softprompt_dist.lifecycle.heartbeat import Heartbeat
 from softprompt_dist.lifecycle.ownership import Owner, Ownership
 from softprompt_dist.lifecycle.watchdog import Watchdog, doing, tick
@@ -80,8 +80,10 @@ class Attempt:
         Slurm starts a job again with the command that it had: what the job's own attempts have
         saved is not set aside.
         """
-        job = self._ownership.owner.job
-        return is_asked and not ranks.on_main(lambda: self.files.has_begun_anew(job))
+        owner = self._ownership.owner
+        if not is_asked or not owner.restart:
+            return is_asked
+        return not ranks.on_main(lambda: self.files.has_begun_anew(owner.job))
 
     def begun_anew(self) -> None:
         """All ranks: the checkpoints were set aside."""
@@ -94,6 +96,10 @@ class Attempt:
             values["step"] += self.steps_before
         self._heartbeat.note(**values)
 
+    def reopen(self) -> None:
+        """All ranks: from now on the run is not complete, should it have been."""
+        ranks.on_main(lambda: self.files.done.unlink(missing_ok=True))
+
     def check_ours(self) -> None:
         """Before anything is published; rank 0 only, no collective.
 
@@ -104,7 +110,8 @@ class Attempt:
 
     def saved(self, step: int) -> None:
         """A checkpoint of `step` is on the disk; rank 0 only, no collective."""
-        self.files.publish_step(self.steps_before + step)
+        if not self._ownership.is_lost():  # since the checkpoint got its name
+            self.files.publish_step(self.steps_before + step)
 
     def finish(self, step: int) -> None:
         """All ranks: the run is complete."""
@@ -134,18 +141,25 @@ class Attempt:
     def stopped(self, why: str, step: int) -> StoppedError:
         """What to raise on all ranks once the state after `step` is saved."""
         step += self.steps_before
-        error = StoppedError(f"{why} after step {step}, which is saved.")
+        state = f"after step {step}, which is saved" if step else "before the first step"
+        error = StoppedError(f"{why} {state}.")
         if why == "STOP file":
             error.outcome = "stop"
         return error
 
     def _begin(self) -> Owner:
         folder = self.files.folder
-        folder.mkdir(parents=True, exist_ok=True)
-        self.files.refuse_if_stopped()
         ownership = Ownership(folder)
-        ownership.claim()
-        self.files.begin()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.files.refuse_if_stopped()
+            ownership.claim()
+            self.files.begin()
+        except OSError as error:
+            raise MachineError(
+                f"The run directory {folder} cannot be written: {error}. Pass --run-dir with a "
+                "folder that you may write, or free space there."
+            ) from error
         return ownership.owner
 
     def _finish(self, step: int) -> None:

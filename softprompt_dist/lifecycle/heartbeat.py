@@ -20,6 +20,8 @@ from softprompt_dist.lifecycle import watchdog
 log = logging.getLogger(__name__)
 
 HEARTBEAT = "heartbeat.json"
+_LAST_SECONDS = 30.0
+"""For a beat under way: a disk that hangs must not keep a run from ending."""
 
 
 class Heartbeat:
@@ -57,7 +59,7 @@ class Heartbeat:
     def stop(self, *, last_beat: bool) -> None:
         """Beat no longer; the last beat says that the attempt has ended."""
         self._ended.set()
-        self._thread.join()
+        self._thread.join(_LAST_SECONDS)
         if last_beat:
             self._values["ended"] = True
             self._write()

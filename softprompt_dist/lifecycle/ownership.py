@@ -46,6 +46,9 @@ class Owner:
     """Slurm's; empty for none."""
     restart: int = 0
     """How often Slurm has started the job again."""
+    place: str = ""
+    """Where `pid` means something: the machine's boot and its namespace of processes, for
+    containers may share a host's name."""
 
     @classmethod
     def here(cls, environ: Mapping[str, str]) -> Owner:
@@ -58,6 +61,7 @@ class Owner:
             started=_started(os.getpid()),
             job=environ.get("SLURM_JOB_ID", ""),
             restart=int(restart) if restart.isdecimal() else 0,
+            place=_place(),
         )
 
     @property
@@ -170,7 +174,7 @@ def refuse_if_in_use(folder: Path, newcomer: Owner | None = None) -> None:
 
 def is_alive(owner: Owner, folder: Path) -> bool:
     """Whether an attempt goes on, as far as can be told from here."""
-    if owner.host == socket.gethostname() and Path("/proc/self/stat").exists():
+    if owner.place and owner.place == _place():
         return _started(owner.pid) == owner.started and not _is_halted(owner.pid)
     return seconds_since_heartbeat(folder) < _SILENCE_SECONDS
 
@@ -196,6 +200,15 @@ def _in_use(folder: Path, owner: Owner) -> DirectoryInUseError:
         f"{folder} is in use by {owner.described}. Two runs in one directory would spoil each "
         "other's. Wait for it, end it, or pass another --run-dir."
     )
+
+
+def _place() -> str:
+    """Empty where the system does not tell."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
 
 
 def _stat_fields(pid: int) -> list[str]:

@@ -30,6 +30,8 @@ _PUBLISHED = re.compile(r"step-(\d{8,})")
 _TEMPORARY = ".tmp-step-"
 _CORRUPT = "corrupt-"
 _DISCARDED = "discarded-"
+_PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENXIO}
+"""What a network disk says that is away for a moment."""
 
 
 @dataclass(frozen=True)
@@ -154,10 +156,11 @@ class CheckpointFolder:
 
     def unreadable(self, error: OSError) -> CheckpointError:
         """What to say when the search for checkpoints failed."""
-        return CheckpointError(
+        failure = CheckpointError(
             f"Cannot look for checkpoints in {self.path}: {error}. The folder must be "
             "readable and writable; correct its permissions, or pass another --run-dir."
         )
+        return _may_pass(failure, error)
 
 
 def set_aside(path: Path, reason: str) -> Path:
@@ -178,11 +181,19 @@ def not_written(final: Path, error: OSError, num_bytes: int) -> CheckpointError:
     remedy = "Correct the permissions, or pass another --run-dir."
     if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
         remedy = "Free some space, then resume the run."
-    return CheckpointError(
+    failure = CheckpointError(
         f"{final} could not be written: {os.strerror(error.errno or errno.EIO)}. It needs "
         f"{num_bytes:,} bytes, {free_bytes(final.parent)} are free there. Earlier checkpoints are "
         f"intact. {remedy}"
     )
+    return _may_pass(failure, error)
+
+
+def _may_pass(failure: CheckpointError, error: OSError) -> CheckpointError:
+    """Whether a batch script shall try again."""
+    if error.errno in _PASSING:
+        failure.outcome = "error"
+    return failure
 
 
 def _rename_aside(path: Path, prefix: str, reason: str) -> Path:

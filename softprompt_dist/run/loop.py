@@ -44,7 +44,10 @@ def tune(run: TuningRun, state: TuningState, records: Records) -> None:
     """
     config, journal, attempt = run.config, records.journal, records.attempt
     store = checkpoint_store(config, records.directory, attempt)
-    _validate_if_due(run, state, records)  # an earlier attempt may have been stopped in it
+    # An earlier attempt may have been stopped in it. If this one is, too, it stays to be done.
+    why = _validate_if_due(run, state, records)
+    if why:
+        raise attempt.stopped(why, state.step)
     while state.step < config.steps and not _has_stalled(run, state):
         with doing(f"step {state.step + 1}", records.vitals.step_limit_seconds):
             metrics = _update(run, state, store, records.vitals)
@@ -92,6 +95,7 @@ def validate(run: TuningRun, state: TuningState, records: Records) -> None:
         found.append(ranks.on_main(partial(task.judge, predictions, split.texts)))
     values = score_values(run.tasks, found)
     score = values[score_name(run.tasks)]
+    ranks.on_main(records.attempt.check_ours)  # it took long
     records.journal.log(state.step, values, "validation")
     best = state.best_score
     gained = best is None or score > best

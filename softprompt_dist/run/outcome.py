@@ -16,7 +16,7 @@ from softprompt_dist.run.evaluation_report import EvaluationFiles, screen_text, 
 from softprompt_dist.run.journal import Journal
 from softprompt_dist.run.judgement import judge
 from softprompt_dist.run.learning_curve import plot_learning_curve
-from softprompt_dist.run.loop import score_name, score_values
+from softprompt_dist.run.loop import Records, score_name, score_values
 from softprompt_dist.run.saved_state import TuningState
 from softprompt_dist.run.transfer import Domain, transfer_table, write_transfer
 from softprompt_dist.run.tuning import TuningRun
@@ -32,16 +32,17 @@ def record_untuned(run: TuningRun, directory: RunDirectory) -> None:
     ranks.on_main(lambda: replace_file(directory.untuned, json.dumps(texts).encode()))
 
 
-def report_outcome(
-    run: TuningRun, state: TuningState, directory: RunDirectory, journal: Journal
-) -> None:
+def report_outcome(run: TuningRun, state: TuningState, records: Records) -> None:
     """All ranks: score the best prompt on all test splits; rank 0 writes and prints the reports."""
     best = SoftPrompt(state.best_prompt_PD).to(run.prompt.weight.device)
     count = run.config.evaluation.max_test_examples
     own = [answer(run, best, task, "test", count) for task in run.tasks]
     elsewhere = [answer(run, best, task, name) for task in run.transfers for name in task.splits]
 
+    directory, journal = records.directory, records.journal
+
     def write() -> None:
+        records.attempt.check_ours()  # scoring took long
         prompt_file, untuned = directory.prompts / "best.safetensors", _untuned_answers(directory)
         domains = []
         for answered in own:

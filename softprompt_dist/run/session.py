@@ -56,6 +56,7 @@ def train(
             checkpoint = _find_checkpoint(config, directory, attempt, fresh, must_resume)
             run = build_tuning_run(config, ds_config)
             state = restore(run, checkpoint)
+        attempt.reopen()  # only now: a recipe that does not belong here leaves all as it was
         # Only once the checkpoint has been found to belong to this recipe.
         directory.record(to_yaml(config), describe_environment(), _data_records(run))
         with Journal(directory, config.steps, start_step=state.step) as journal:
@@ -80,7 +81,7 @@ def _tune(run: TuningRun, state: TuningState, records: Records) -> None:
         tune(run, state, records)
     with doing("scoring the result", health.slow_timeout_seconds):
         assert_unchanged(run.backbone, run.backbone_checksum)
-        report_outcome(run, state, records.directory, records.journal)
+        report_outcome(run, state, records)
     attempt.finish(state.step)
 
 

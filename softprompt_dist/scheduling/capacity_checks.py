@@ -122,7 +122,7 @@ def _gpu(name: str, gpu: str | None, architecture: Architecture | None) -> Gpu |
 def _adaptation_room(
     config: AdaptConfig, job: Job, architecture: Architecture, cluster: Cluster
 ) -> float:
-    from softprompt_dist.checks.adaptation_room import engine_of
+    from softprompt_dist.checks.adaptation_room import engine_of, row_lengths
 
     engine, (inputs, targets) = engine_of(config, job.ds_config), row_lengths(config)
     work = Workload(config.batch.micro_batch_size, 0, inputs, targets)
@@ -136,20 +136,6 @@ def _tuning_room(config: TuneConfig, architecture: Architecture, cluster: Cluste
         input_length=config.backbone.max_input_tokens,
     )
     return predict_memory(architecture, Cell.of(config.backbone), work, cluster).total
-
-
-def row_lengths(config: AdaptConfig) -> tuple[int, int]:
-    """Encoder and decoder positions of a row."""
-    if config.objective == "lm":
-        return 0, config.targets_length
-    if config.objective == "prefix_lm":
-        return config.inputs_length, config.targets_length
-    from softprompt_dist.data.lm.objectives import random_spans_helper
-
-    spans = random_spans_helper(
-        config.inputs_length, config.noise_density, config.mean_noise_span_length
-    )
-    return config.inputs_length, spans.num_targets
 
 
 def _room(name: str, needed: float, gpu: Gpu) -> Finding:
@@ -195,6 +181,8 @@ def _adaptation_time(
 def _gpu_hours(
     config: AdaptConfig, architecture: Architecture, cluster: Cluster, gpu: Gpu
 ) -> float:
+    from softprompt_dist.checks.adaptation_room import row_lengths
+
     inputs, targets = row_lengths(config)
     question = AdaptationQuestion(
         architecture=architecture,

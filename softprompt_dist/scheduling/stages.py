@@ -160,7 +160,8 @@ def _adapt(pipeline: Pipeline, stage: AdaptStageConfig) -> BatchJob:
 def _tune(pipeline: Pipeline, stage: TuneStageConfig, stages: Sequence[AdaptConfig]) -> BatchJob:
     environment = _sweep(pipeline, stage) | {"RECIPE": _recipe(stage.recipe)}
     if stages:
-        environment["SOFTPROMPT_AFTER"] = f"{pipeline.adapt_folder}:{stages[-1].steps}"
+        steps = sum(each.steps for each in stages)  # DONE counts those of all
+        environment["SOFTPROMPT_AFTER"] = f"{pipeline.adapt_folder}:{steps}"
     folder = pipeline.sweep_folder
     parts = tuple(Part(e.title, folder / e.folder, e.index) for e in pipeline.elements)
     overrides = tune_overrides(pipeline, pipeline.export_folder(stages))

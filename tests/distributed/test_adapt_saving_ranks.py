@@ -248,6 +248,7 @@ def assert_as_undisturbed(outcomes, recipe_of, name):
         assert (ours / file).read_text() == content
 
 
+@pytest.mark.drill("D2", "D21")
 def test_a_kill_while_the_writer_runs_costs_what_it_had_not_published(killed, outcomes, recipe_of):
     published, unpublished = killed[1:], killed[0]
     assert published == ["step-00000002"]
@@ -258,6 +259,7 @@ def test_a_kill_while_the_writer_runs_costs_what_it_had_not_published(killed, ou
     assert_as_undisturbed(outcomes, recipe_of, "killed")
 
 
+@pytest.mark.drill("D21")
 def test_a_writer_that_fails_ends_both_ranks_at_the_next_step(outcomes, recipe_of):
     said, left = outcomes["full"]
     assert "step-00000004 could not be written: No space left on device" in said
@@ -266,6 +268,7 @@ def test_a_writer_that_fails_ends_both_ranks_at_the_next_step(outcomes, recipe_o
     assert_as_undisturbed(outcomes, recipe_of, "full")
 
 
+@pytest.mark.drill("D3", "D4")
 @pytest.mark.parametrize(
     ("when", "said", "steps"),
     [

@@ -14,7 +14,8 @@ from softprompt_dist.errors import SoftpromptError
 from softprompt_dist.parallel import ranks
 from softprompt_dist.parallel.equality import assert_same_on_all_ranks
 from softprompt_dist.recipe import load_recipe
-from softprompt_dist.run import loop
+from softprompt_dist.run import loop, saved_state
+from softprompt_dist.run.checkpoint import CheckpointStore
 from softprompt_dist.run.session import train
 from softprompt_dist.run.step import accumulate_gradient
 from softprompt_dist.run.tuning import assert_only_prompt_trains, build_tuning_run
@@ -43,12 +44,12 @@ def nudge_on_rank_1(tensor):
 
 def break_prompt_equality(recipe, folder):
     run = build_tuning_run(load_recipe(TuneConfig, recipe))
-    store = loop.CheckpointStore(f"{folder}/store", keep_last=1)
-    state = loop.restore(run, None)
-    equal = caught(lambda: loop.save(run, state, store))
+    store = CheckpointStore(f"{folder}/store", keep_last=1)
+    state = saved_state.restore(run, None)
+    equal = caught(lambda: saved_state.save(run, state, store))
     nudge_on_rank_1(run.prompt.weight)
     state.step = 1
-    differ = caught(lambda: loop.save(run, state, store))
+    differ = caught(lambda: saved_state.save(run, state, store))
     return {"equal": equal, "differ": differ}
 
 
@@ -75,9 +76,9 @@ def break_frozenness(recipe, ds_config):
 
 
 def move_the_backbone_during_a_run(recipe, folder):
-    def tamper(backbone, *arguments):
+    def tamper(backbone, *arguments, **options):
         nudge_on_rank_1(backbone.model.lm_head.flat)
-        return accumulate_gradient(backbone, *arguments)
+        return accumulate_gradient(backbone, *arguments, **options)
 
     config = load_recipe(TuneConfig, recipe, [f"run_directory={folder}/moved", "steps=2"])
     with mock.patch.object(loop, "accumulate_gradient", tamper):

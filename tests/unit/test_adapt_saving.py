@@ -107,6 +107,7 @@ def test_a_save_waits_for_the_one_before_and_says_so_once(
     assert saved(config) == [f"step-0000000{step}" for step in (1, 2, 3, 4)]
 
 
+@pytest.mark.drill("D21")
 def test_a_failure_is_heard_at_the_next_step_and_older_checkpoints_stay(
     make_config, slow_disk, when_step, monkeypatch
 ):
@@ -154,6 +155,7 @@ def test_a_failure_of_the_last_save_is_not_lost(make_config, slow_disk, when_ste
     assert not (Path(config.run_directory) / "export").exists()
 
 
+@pytest.mark.drill("D22")
 def test_an_attempt_that_was_superseded_publishes_nothing(
     make_config, slow_disk, when_step, monkeypatch
 ):

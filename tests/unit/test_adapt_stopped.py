@@ -206,6 +206,7 @@ def test_a_stop_file_ends_a_run_and_keeps_it_from_going_on(make_config, monkeypa
     assert_as_undisturbed(config, make_config)
 
 
+@pytest.mark.drill("D8")
 def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(make_config):
     config = make_config(steps=2)
     session.adapt(config)

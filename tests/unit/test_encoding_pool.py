@@ -41,6 +41,7 @@ def encode_and_kill_a_worker(spec):
                 os.kill(workers()[0].pid, signal.SIGKILL)
 
 
+@pytest.mark.drill("D6")
 def test_workers_ignore_signals_and_none_is_left_where_one_is_killed(tokenizer):
     with pytest.raises(MachineError, match="One of 2 processes that tokenise was killed"):
         encode_and_kill_a_worker(EncoderSpec.of(tokenizer))

@@ -44,6 +44,8 @@ def test_a_run_from_its_beginning_to_its_end(files: OutcomeFiles) -> None:
     files.finish(30)
     assert (first_line(files.done), first_line(files.why)) == ("30", "done")
     files.begin()
+    assert files.done.exists(), "what is asked for now may not belong to this run"
+    files.begin_again()
     assert not files.done.exists(), "it is done again only when it has come to its end again"
 
 

@@ -76,7 +76,7 @@ def heard(process: subprocess.Popen[str]) -> str:
 
 def elsewhere(folder: Path, seconds_ago: float | None, **changes: object) -> Owner:
     """Of an attempt on another machine, whose heart beat last so long ago."""
-    owner = replace(Owner.here({}), host="another-host", pid=1, **changes)  # type: ignore[arg-type]
+    owner = replace(Owner.here({}), host="another-host", place="there", pid=1, **changes)  # type: ignore[arg-type]
     (folder / "attempt.json").write_text(json.dumps(asdict(owner)))
     if seconds_ago is not None:
         (folder / "heartbeat.json").write_text("{}")

@@ -229,6 +229,9 @@ def test_logs_and_tracebacks_of_bugs_are_redacted(
         "the key 'x' is unknown",
         "https://example.org/a@b",
         "skip_bad_rows=true",
+        "/models/hf-t5-v1_1-xxl-lm-adapt",
+        "/models/hf_t5_v1_1_xxl_lm_adapt",
+        "runs/sk-boolq-seed0-lr03-second",
     ],
 )
 def test_ordinary_text_stays(text: str) -> None:

@@ -20,7 +20,7 @@ from tests.messages import Said, assert_message
 
 OURS = Owner.here({})
 DEAD = replace(OURS, started=OURS.started - 1)
-THERE = replace(OURS, host="node7", pid=12, job="4711")
+THERE = replace(OURS, host="node7", place="there", pid=12, job="4711")
 
 
 class Run:
