@@ -81,7 +81,7 @@ def until(condition, process, log, timeout=90):
     ("launcher", "name", "send"),
     [
         ("deepspeed", "SIGTERM", os.kill),
-        ("deepspeed", "SIGUSR1", os.killpg),
+        pytest.param("deepspeed", "SIGUSR1", os.killpg, marks=pytest.mark.slow),
         pytest.param("torchrun", "SIGTERM", os.kill, marks=pytest.mark.slow),
         ("nobody", "SIGUSR2", os.kill),
     ],
