@@ -35,13 +35,13 @@ def refused(said, tmp_path):
 
     def outcome(*arguments, **changes):
         run_dir = tmp_path / "run"
-        before = without_outcome(run_dir)
+        before, was_done = without_outcome(run_dir), (run_dir / "DONE").exists()
         recipe = adaptations.write_recipe(tmp_path, adaptations.recipe_values(tmp_path, **changes))
         found = said(adapt.main, "--recipe", recipe, "--run-dir", run_dir, *arguments)
         assert without_outcome(run_dir) == before
         if (run_dir / "why").exists() and "--export" not in arguments:
             assert (run_dir / "why").read_text().startswith("fatal: ")
-            assert not (run_dir / "DONE").exists()
+            assert (run_dir / "DONE").exists() == was_done
         return found
 
     return outcome
