@@ -21,13 +21,9 @@ def our_run(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     join_world()
     from softprompt_dist.config import TuneConfig
-    from softprompt_dist.lifecycle.attempt import Attempt
-    from softprompt_dist.lifecycle.vitals import Vitals
     from softprompt_dist.parallel import ranks
     from softprompt_dist.run.directory import RunDirectory
     from softprompt_dist.run.journal import Journal
-    from softprompt_dist.run.loop import Records, tune
-    from softprompt_dist.run.saved_state import restore
     from softprompt_dist.run.tuning import build_tuning_run
 
     losses: list[float] = []
@@ -50,21 +46,29 @@ def our_run(settings: Mapping[str, Any]) -> dict[str, Any]:
 
         run.backbone.register_forward_pre_hook(count_flops)
         run.optimizer.step = clock.timed("optimizer", run.optimizer.step)  # type: ignore[method-assign]
-        directory = RunDirectory(ranks.broadcast_object(name))
-        directory.create()
-        with (
-            Attempt(directory.path, config.health, {}) as attempt,
-            TimedJournal(directory, config.steps) as journal,
-        ):
-            state = restore(run, None)
-            state.validated_step = 0  # the clock is for updates
-            vitals = Vitals(attempt, journal.say)
-            clock.start()
-            tune(run, state, Records(directory, journal, attempt, vitals))
+        _tune(run, RunDirectory(ranks.broadcast_object(name)), TimedJournal, clock)
         torch.distributed.barrier()  # rank 0's folder goes last
     answer = _answer(clock, peak, losses, settings)
     leave_world()
     return answer
+
+
+def _tune(run: Any, directory: Any, journal_kind: Any, clock: StepClock) -> None:
+    from softprompt_dist.lifecycle.attempt import Attempt
+    from softprompt_dist.lifecycle.vitals import Vitals
+    from softprompt_dist.run.loop import Records, tune
+    from softprompt_dist.run.saved_state import restore
+
+    directory.create()
+    with (
+        Attempt(directory.path, run.config.health, {}) as attempt,
+        journal_kind(directory, run.config.steps) as journal,
+    ):
+        state = restore(run, None)
+        state.validated_step = 0  # the clock is for updates
+        vitals = Vitals(attempt, journal.say)
+        clock.start()
+        tune(run, state, Records(directory, journal, attempt, vitals))
 
 
 def peft_trainer(settings: Mapping[str, Any]) -> dict[str, Any]:

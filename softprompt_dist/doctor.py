@@ -19,7 +19,7 @@ from softprompt_dist.cache import cache_directory
 from softprompt_dist.checks.finding import ChecksFailedError, Finding, table, verdict
 from softprompt_dist.checks.software import check_bitsandbytes, check_python, check_versions
 from softprompt_dist.errors import SoftpromptError
-from softprompt_dist.parallel.verb import VerbParser, run_verb
+from softprompt_dist.parallel.verb import VerbParser, launched_rank, run_verb
 
 if TYPE_CHECKING:
     from softprompt_dist.checks.job import Job
@@ -199,8 +199,7 @@ def _problems_elsewhere(nodes: Sequence[tuple[str, list[Finding]]]) -> list[Find
 
 def _show(findings: Sequence[Finding]) -> None:
     """Print at once, on rank 0: some checks take a while."""
-    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-    if rank == "0" and findings:
+    if launched_rank() == 0 and findings:
         print(table(findings), flush=True)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from softprompt_dist.outcome_files import of_batch_script
 from softprompt_dist.parallel import stop
 from softprompt_dist.parallel.verb import VerbParser, count, run_verb
 from softprompt_dist.run.options import prompt_config
@@ -39,22 +38,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = build_parser().parse_args(argv)
     config, ds_config = prompt_config(options, split=options.split)
 
-    from softprompt_dist.parallel import ranks
     from softprompt_dist.parallel.join import join_world, leave_world
 
     join_world(debug=options.debug)
-    outcome = of_batch_script()
-    if outcome is not None:
-        ranks.on_main(outcome.begin_again)
+    from softprompt_dist.lifecycle.attempt import told_to_batch_script
     from softprompt_dist.run.evaluation import ScoringRequest, evaluate
 
     output = Path(options.output) if options.output else None
     request = ScoringRequest(
         Path(options.prompt), options.split, options.max_examples, output, options.force
     )
-    evaluate(config, request, ds_config)
-    if outcome is not None:
-        ranks.on_main(lambda: outcome.finish(0))
+    with told_to_batch_script():
+        evaluate(config, request, ds_config)
     leave_world()
 
 

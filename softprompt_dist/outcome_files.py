@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from softprompt_dist.durable import replace_file
-from softprompt_dist.errors import CheckpointError, SoftpromptError, StopFileError
+from softprompt_dist.errors import CheckpointError, MachineError, SoftpromptError, StopFileError
 
 log = logging.getLogger(__name__)
 
@@ -141,6 +141,14 @@ class OutcomeFiles:
         """The attempt ends early, for this reason."""
         line = " ".join(reason.split())[:_LONGEST_REASON]
         replace_file(self.why, f"{line}\n".encode())
+
+
+def not_writable(folder: Path, error: OSError) -> MachineError:
+    """What to say of a run directory that refuses what a run has to write."""
+    return MachineError(
+        f"The run directory {folder} cannot be written: {error}. Pass --run-dir with a folder that "
+        "you may write, or free space there."
+    )
 
 
 def first_line(path: Path) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from softprompt_dist.outcome_files import of_batch_script
 from softprompt_dist.parallel import stop
 from softprompt_dist.parallel.verb import VerbParser, count, run_verb
 from softprompt_dist.run.options import prompt_config
@@ -57,13 +56,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = build_parser().parse_args(argv)
     config, ds_config = prompt_config(options)
 
-    from softprompt_dist.parallel import ranks
     from softprompt_dist.parallel.join import join_world, leave_world
 
     join_world(debug=options.debug)
-    outcome = of_batch_script()
-    if outcome is not None:
-        ranks.on_main(outcome.begin_again)
+    from softprompt_dist.lifecycle.attempt import told_to_batch_script
     from softprompt_dist.run.prediction import predict
     from softprompt_dist.run.prediction_desk import DEFAULT_WINDOW, PredictionRequest
 
@@ -75,9 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         fresh=options.fresh,
         force=options.force,
     )
-    predict(config, request, ds_config)
-    if outcome is not None:
-        ranks.on_main(lambda: outcome.finish(0))
+    with told_to_batch_script():
+        predict(config, request, ds_config)
     leave_world()
 
 

@@ -4,23 +4,39 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from softprompt_dist.errors import MachineError, SoftpromptError, StoppedError, SupersededError
+from softprompt_dist.errors import SoftpromptError, StoppedError, SupersededError
 from softprompt_dist.lifecycle.heartbeat import Heartbeat
 from softprompt_dist.lifecycle.ownership import Owner, Ownership
 from softprompt_dist.lifecycle.watchdog import Watchdog, doing, tick
-from softprompt_dist.outcome_files import OutcomeFiles, silent_where
+from softprompt_dist.outcome_files import OutcomeFiles, not_writable, of_batch_script, silent_where
 from softprompt_dist.parallel import ranks, stop
 from softprompt_dist.section import HealthConfig
 
 _LOOK_SECONDS = 1.0
 """How often rank 0 looks for a STOP file and a new owner."""
+
+
+@contextmanager
+def told_to_batch_script() -> Iterator[None]:
+    """All ranks: the work of a verb without a run directory; a batch script that waits is told.
+
+    Raises:
+        StopFileError: on all ranks; there is a STOP file.
+    """
+    files = of_batch_script()
+    if files is not None:
+        ranks.on_main(files.begin_again)
+    yield
+    if files is not None:
+        ranks.on_main(lambda: files.finish(0))
 
 
 class Attempt:
@@ -156,10 +172,7 @@ class Attempt:
             ownership.claim()
             self.files.begin()
         except OSError as error:
-            raise MachineError(
-                f"The run directory {folder} cannot be written: {error}. Pass --run-dir with a "
-                "folder that you may write, or free space there."
-            ) from error
+            raise not_writable(folder, error) from error
         return ownership.owner
 
     def _finish(self, step: int) -> None:

@@ -22,6 +22,7 @@ from softprompt_dist.durable import replace_file
 from softprompt_dist.errors import DirectoryInUseError, SupersededError
 from softprompt_dist.lifecycle.heartbeat import HEARTBEAT
 from softprompt_dist.outcome_files import OutcomeFiles, announce
+from softprompt_dist.parallel.verb import launched_rank
 
 ATTEMPT = "attempt.json"
 _SILENCE_SECONDS = 60.0
@@ -139,7 +140,7 @@ def begin_in(folder: Path) -> None:
         DirectoryInUseError: another run is alive there.
         StopFileError: there is a STOP file.
     """
-    if (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") == "0":
+    if launched_rank() == 0:
         refuse_if_in_use(folder)
         OutcomeFiles(folder).forget_earlier_attempts()
     announce(folder)

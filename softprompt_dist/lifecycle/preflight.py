@@ -20,6 +20,7 @@ import torch
 
 from softprompt_dist.durable import replace_file
 from softprompt_dist.errors import MachineError
+from softprompt_dist.outcome_files import not_writable
 from softprompt_dist.parallel import ranks
 
 SLOW_RATIO = 1.5
@@ -156,7 +157,7 @@ def _refuse_without_room(directory: Path, needed_bytes: int) -> None:
     try:
         free = shutil.disk_usage(directory).free
     except OSError as error:
-        raise _unusable(directory, error) from error
+        raise not_writable(directory, error) from error
     if free < needed_bytes:
         raise MachineError(
             f"{directory} has {free:,} bytes free, and the run may have to write "
@@ -170,7 +171,7 @@ def _write_probe(directory: Path) -> Path:
     try:
         replace_file(probe, b"")
     except OSError as error:
-        raise _unusable(directory, error) from error
+        raise not_writable(directory, error) from error
     return probe
 
 
@@ -181,10 +182,3 @@ def _is_seen(probe: Path) -> bool:
         if probe.exists():
             return True
     return False
-
-
-def _unusable(directory: Path, error: OSError) -> MachineError:
-    return MachineError(
-        f"The run directory {directory} cannot be used: {error.strerror}. Pass --run-dir with a "
-        "folder that you may write, or free space there."
-    )

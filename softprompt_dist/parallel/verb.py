@@ -142,7 +142,7 @@ class VerbParser(argparse.ArgumentParser):
 
     def print_help(self, file: Any = None) -> None:
         """Print the help, on rank 0 only."""
-        if _rank() == 0:
+        if launched_rank() == 0:
             super().print_help(file)
 
 
@@ -210,12 +210,12 @@ def _exit_code(failure: SoftpromptError) -> int:
 def _report(failure: SoftpromptError, trace: str) -> None:
     """Print at once on rank 0. Another rank prints only what rank 0 cannot know of."""
     prefix = ""
-    if _rank() > 0:
+    if launched_rank() > 0:
         if failure.on_all_ranks and _world_is_up():
             _wait_for_main()
             return
         time.sleep(_GRACE_SECONDS)
-        prefix = f"[rank {_rank()}] "
+        prefix = f"[rank {launched_rank()}] "
     elif isinstance(failure, PeerLostError):
         time.sleep(_GRACE_SECONDS)
     sys.stdout.flush()
@@ -250,7 +250,8 @@ def _exit_now(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _rank() -> int:
+def launched_rank() -> int:
+    """This process's rank by its launcher, without torch; 0 for one that nobody launched."""
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
     return int(rank) if rank.isdigit() else 0
 

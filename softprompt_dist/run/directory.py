@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from softprompt_dist.durable import replace_file
-from softprompt_dist.errors import MachineError
+from softprompt_dist.outcome_files import not_writable
 from softprompt_dist.parallel import ranks
 
 
@@ -97,7 +97,4 @@ class RunDirectory:
         try:
             work()
         except OSError as error:
-            raise MachineError(
-                f"The run directory {self.path} cannot be written: {error}. Pass --run-dir with a "
-                "folder that you may write, or free space there."
-            ) from error
+            raise not_writable(self.path, error) from error

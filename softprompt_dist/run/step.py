@@ -58,6 +58,11 @@ def accumulate_gradient(
     backbone.release()
     if not backbone.sharded:
         arrive()
+    return _mean_over_ranks(prompt, sums)
+
+
+def _mean_over_ranks(prompt: SoftPrompt, sums: torch.Tensor) -> dict[str, float]:
+    """All ranks: divide what the ranks have added up by the tokens of them all; the metrics."""
     gradient_PD = prompt.weight.grad
     assert gradient_PD is not None
     ranks.all_reduce_sum(gradient_PD)

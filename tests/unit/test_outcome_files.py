@@ -132,6 +132,7 @@ def test_a_disk_that_is_full_hides_no_failure(
 
     monkeypatch.setattr(outcome_files, "replace_file", full)
     record_failure(ConfigError("the cause"))
+    assert not files.why.exists(), "nothing half-written"
 
 
 def test_lost_checkpoints_are_no_new_run(files: OutcomeFiles) -> None:

@@ -74,7 +74,9 @@ def test_a_directory_that_cannot_be_written_is_refused(
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(module, "replace_file", denied)
-    with pytest.raises(MachineError, match=r"cannot be used: Permission denied\. Pass --run-dir"):
+    with pytest.raises(
+        MachineError, match=r"cannot be written: .*Permission denied.*\. Pass --run-dir"
+    ):
         preflight(tmp_path, 0, told.append)
 
 
