@@ -11,8 +11,9 @@ import pytest
 
 from tests.drills.table import DRILLS
 
-STEPS, SECONDS = "steps_redone", "seconds_to_recover"
+REQUEUES, STEPS, SECONDS = "requeues", "steps_redone", "seconds_to_recover"
 _RESULTS = pytest.StashKey["dict[str, Result]"]()
+_NOTES = pytest.StashKey[dict[str, dict[str, float]]]()
 
 
 @dataclass
@@ -47,6 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """The marker, and a place for the results."""
     config.addinivalue_line("markers", "drill(*numbers): shows what a fault drill asks for")
     config.stash[_RESULTS] = defaultdict(Result)
+    config.stash[_NOTES] = {}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -62,6 +64,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     report = yield
     if report.when == "call" or report.outcome != "passed":
         noted = dict(item.user_properties)
+        if REQUEUES in noted:
+            item.config.stash[_NOTES][item.name] = noted
         for number in numbers_of(item):
             result = item.config.stash[_RESULTS][number]
             result.outcomes.append(report.outcome)
@@ -76,7 +80,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if path is None or session.config.option.collectonly:
         return
     results = session.config.stash[_RESULTS]
-    Path(path).write_text(table(results))
+    Path(path).write_text(f"{table(results)}\n{jobs_table(session.config.stash[_NOTES])}")
     if not all(results[number].verdict.startswith("passed") for number in DRILLS):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
@@ -108,4 +112,15 @@ def table(results: dict[str, Result]) -> str:
         seconds = f"{max(result.seconds):.1f}" if result.seconds else ""
         cells = (number, drill.title, drill.control, drill.expected, result.verdict, steps, seconds)
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def jobs_table(notes: dict[str, dict[str, float]]) -> str:
+    """As markdown: every job of Slurm's that was queued again."""
+    lines = ["| job | requeues | steps redone | seconds from one attempt to the next |"]
+    lines.append("|:--|--:|--:|--:|")
+    for name, noted in notes.items():
+        figures = [f"{noted[key]:g}" if key in noted else "" for key in (REQUEUES, STEPS, SECONDS)]
+        told = name.removeprefix("test_").replace("_s_", "'s_").replace("_", " ")
+        lines.append(f"| {told} | {' | '.join(figures)} |")
     return "\n".join(lines) + "\n"

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from typing import Any
 
 import pytest
 
 from tests.slurm.cluster import Cluster, is_installed
-from tests.slurm.lab import Lab
+from tests.slurm.lab import Job, Lab
 
 SIGNALLING = "SlurmctldParameters=preempt_send_user_signal"
 """With it a preempted job's script hears of it first; without it, its ranks."""
@@ -53,3 +53,14 @@ def all_started(request: pytest.FixtureRequest, clusters: dict[str, Lab]) -> dic
 def started(request: pytest.FixtureRequest, all_started: dict[Any, Any]) -> Any:
     """What the test's `starts` has submitted."""
     return all_started[request.function]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """What became of a test's first job that was queued again is for the resilience table."""
+    yield
+    started = getattr(item, "funcargs", {}).get("started")
+    jobs = started.values() if isinstance(started, dict) else started
+    jobs = jobs if isinstance(jobs, Iterable) else [jobs]
+    noted = [job.noted() for job in jobs if isinstance(job, Job)]
+    item.user_properties += next((n for n in noted if n["requeues"]), {}).items()

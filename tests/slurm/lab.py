@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +22,8 @@ VERBS = ("train", "adapt", "evaluate")
 _OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL")
 # Two nodes with a rank each, and little of everything, so that all jobs run at the same time.
 _OPTIONS = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
+# What the batch script says: when, and as which attempt of a job.
+_SAID = re.compile(r"^\[(\d{4}-\S+ \S+)\] \[job \d+\.(\d+)\]", re.MULTILINE)
 _Test = TypeVar("_Test", bound=Callable[..., None])
 
 
@@ -68,6 +73,21 @@ class Job:
         """What the stand-in noted at each start."""
         files = self.run_dir.glob(f"attempt-*-rank-{rank}.json")
         return [json.loads(file.read_text()) for file in sorted(files)]
+
+    def noted(self) -> dict[str, float]:
+        """For the resilience table: requeues, steps that were run twice, and how long each took."""
+        times = defaultdict(list)
+        for when, restart in _SAID.findall(self.log):
+            times[int(restart)].append(datetime.fromisoformat(when))
+        found = {"requeues": float(max(times, default=0))}
+        waits = [(times[n + 1][0] - times[n][-1]).total_seconds() for n in times if n + 1 in times]
+        # Less than nothing: the earlier one was lost, and had its last word when the later ran.
+        if waits and min(waits) >= 0:
+            found["seconds_to_recover"] = max(waits)
+        if (self.run_dir / "steps.log").exists():
+            steps = self.steps_run()
+            found["steps_redone"] = float(len(steps) - len(set(steps)))
+        return found
 
     def steps_run(self) -> list[int]:
         """Every step that any attempt has run, in order."""

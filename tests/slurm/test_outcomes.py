@@ -38,6 +38,7 @@ def test_what_a_rank_finds_around_it(started: Job, lab: Lab) -> None:
     assert not Path(first["TMPDIR"]).exists(), "not removed at the end"
 
 
+@pytest.mark.drill("D32")
 @starts(lambda lab: lab.submit("crash-once", steps=30, fault="crash_once"))
 def test_a_rank_that_dies_once_costs_one_attempt(started: Job) -> None:
     facts = started.ended()
@@ -82,6 +83,7 @@ def start_with_failing_srun(lab: Lab) -> Job:
     return lab.submit("launch", environ=environ)
 
 
+@pytest.mark.drill("D32")
 @starts(start_with_failing_srun)
 def test_a_launch_that_fails_is_tried_again(started: Job) -> None:
     facts = started.ended()
@@ -102,6 +104,7 @@ def test_a_cancelled_job_saves_and_is_not_started_again(started: Job, lab: Lab) 
     assert f"RUN_DIR={started.run_dir}" in started.log.splitlines()[-1].replace("'", "")
 
 
+@pytest.mark.drill("D3")
 @starts(lambda lab: lab.submit("stopped", steps=100_000))
 def test_the_user_s_warning_saves_and_queues_again(started: Job, lab: Lab) -> None:
     started.at_work()
@@ -162,6 +165,7 @@ def start_deaf(lab: Lab) -> Job:
     )
 
 
+@pytest.mark.drill("D27")
 @starts(start_deaf)
 def test_ranks_that_do_not_end_are_killed_at_the_limit_and_the_job_goes_on(started: Job) -> None:
     facts = started.ended(seconds=180)
