@@ -99,7 +99,12 @@ def _lines(status: RunStatus) -> Iterator[tuple[str, str]]:
     yield "straggler", str(status.beat.get("straggler") or "")
     yield "loss spikes", _spikes(status)
     places = [status.directory / name for name in _PLACES]
-    yield "look at", ", ".join(str(place) for place in places if place.exists())
+    yield "look at", ", ".join(str(place) for place in places if _has_content(place))
+
+
+def _has_content(place: Path) -> bool:
+    """Batch scripts make the folder of stacks before there are any."""
+    return any(place.iterdir()) if place.is_dir() else place.exists()
 
 
 def _progress(status: RunStatus) -> str:

@@ -82,6 +82,8 @@ def test_a_living_run_on_one_screen(run: Run, asked: Asked) -> None:
     run.logs(1, 400, seconds_per_step=0.5, spikes=(310, 390))
     run.write("environment.json", {"attempts": [{}, {}]})
     (run.path / "stacks").mkdir()
+    assert "stacks" not in asked(run.path)[1], "a batch script has made it, and no rank has hung"
+    (run.path / "stacks" / "rank-0.txt").touch()
     code, out, err = asked(run.path)
     assert (code, err) == (0, "")
     assert out.splitlines() == [
