@@ -47,7 +47,7 @@ test: $(READY) ## run the whole test suite, but for what takes minutes and is tr
 
 drills: $(READY) ## run all fault drills, the long ones too, and print the resilience table
 	mkdir -p runs
-	$(BIN)/python -m pytest -m drill --resilience-table runs/resilience.md $(ARGS)
+	$(BIN)/python -m pytest -m drill --resilience-table=runs/resilience.md $(ARGS)
 
 check: $(READY) ## lint, format, types, spelling, shell scripts; changes nothing
 	$(BIN)/ruff check .

@@ -36,7 +36,7 @@ class Result:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--resilience-table FILE`."""
+    """`--resilience-table=FILE`; apart, pytest would take a file that is there for tests."""
     parser.addoption(
         "--resilience-table",
         metavar="FILE",
