@@ -14,12 +14,13 @@ PAGES = [
     *(REPOSITORY / "docs").glob("*.md"),
     REPOSITORY / "ds_configs/README.md",
 ]
+SOURCED = [REPOSITORY / "slurm" / name for name in ("env.sh", "until_done.sh")]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 
-def commands():
-    """Every command of README's shell blocks, continued lines joined, comments dropped."""
-    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+def commands(text=README):
+    """Every command of a page's shell blocks, continued lines joined, comments dropped."""
+    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     return [shlex.split(line, comments=True) for line in lines if shlex.split(line, comments=True)]
 
@@ -45,6 +46,30 @@ def test_readme_names_every_verb_and_no_other():
     assert named == set(cli.VERBS)
 
 
+def commands_of_the_docs():
+    """Those that are ours, each once."""
+    pages = [page.read_text(encoding="utf-8") for page in PAGES]
+    ours = [c for page in pages for c in commands(page) if c[0] == "softprompt" or "sbatch" in c]
+    return [list(command) for command in dict.fromkeys(map(tuple, ours))]
+
+
+@pytest.mark.parametrize("command", commands_of_the_docs(), ids=" ".join)
+def test_a_command_of_the_docs_has_options_that_exist(command):
+    if command[0] == "softprompt":
+        importlib.import_module(cli.module_of(command[1])).build_parser().parse_args(command[2:])
+    else:
+        check_sbatch(command)
+
+
+def check_sbatch(command):
+    """The script is there, and tells of the variables that it is given."""
+    variables = [word.partition("=")[0].split("$(")[-1] for word in command if "=" in word]
+    variables = [name for name in variables if name.isupper()]
+    script = REPOSITORY / next(word for word in command if word.endswith(".sh"))
+    told = "".join(file.read_text(encoding="utf-8") for file in (script, *SOURCED))
+    assert [name for name in variables if f"# {name} " not in re.sub(" +", " ", told)] == []
+
+
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
 def test_a_command_of_the_readme_is_one_that_exists(command):
     """Options are known to the verb, recipes and files are there, make targets are in the
@@ -57,10 +82,7 @@ def test_a_command_of_the_readme_is_one_that_exists(command):
         assert command[1:] == ["install", "."]
         return
     if "sbatch" in command:
-        variables = [word.partition("=")[0] for word in command[: command.index("sbatch")]]
-        script = next(word for word in command if word.endswith(".sh"))
-        header = (REPOSITORY / script).read_text(encoding="utf-8")
-        assert [name for name in variables if f"# {name} " not in header] == []
+        check_sbatch(command)
         return
     if command[0] == "deepspeed":
         module = command[command.index("-m") + 1]
