@@ -28,7 +28,7 @@ class BackboneConfig(Section):
     path: str = "demo:smollm2-135m"
     """Hugging Face folder, hub name, `demo:smollm2-135m` (fetched once) or `demo:tiny-t5`."""
     revision: str | None = None
-    """Hub revision; recorded in the run."""
+    """Revision of a hub name; refused of a folder."""
     sharding: Literal["replicated", "zero3"] = "zero3"
     """zero3: each rank holds a part. `--deepspeed_config` decides this where it is given."""
     shard_group: Literal["world", "node"] = "world"

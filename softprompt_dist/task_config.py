@@ -32,7 +32,7 @@ class SourceConfig(Section):
     subset: str | None = None
     """Hub configuration name."""
     revision: str | None = None
-    """Hub revision; recorded in the run."""
+    """Hub revision: it is read, or nothing. The commit that was read is recorded in the run."""
     sha256: dict[Literal["train", "validation", "test"], Sha256] = {}
     """files: hex digest that a split's file must have. What files had is recorded in the run."""
 

@@ -155,6 +155,11 @@ def _locate(config: BackboneConfig) -> Path:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise BackboneError(f"Backbone folder {folder} has no config.json.")
+        if config.revision:
+            raise BackboneError(
+                f"backbone.revision is {config.revision!r}, but {config.path} is a folder of this "
+                "machine, which has no revisions. Set backbone.revision=null."
+            )
         return folder
     if config.path.startswith((".", "/", "~")) or config.path.count("/") > 1:
         raise BackboneError(f"Backbone folder {config.path!r} does not exist. Set backbone.path.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from softprompt_dist.cache import cache_directory
 from softprompt_dist.checks.finding import Finding
@@ -13,6 +13,9 @@ from softprompt_dist.config import BackboneConfig, PromptConfig, TuneConfig
 from softprompt_dist.data.sources import SPLITS
 from softprompt_dist.errors import BackboneError, DataError, SoftpromptError
 from softprompt_dist.task_config import TaskConfig
+
+if TYPE_CHECKING:
+    from softprompt_dist.data.sources import HubNames
 
 _READ_WHOLE_BYTES = 256 * 2**20
 _HUB_SECONDS = 10.0
@@ -144,7 +147,7 @@ def _tokenizer(folder: Path) -> str:
 def _hub_rows(config: TaskConfig) -> str:
     from softprompt_dist.data.tasks import hub_data_set
 
-    return _dataset(*hub_data_set(config))
+    return _dataset(hub_data_set(config))
 
 
 def _rows(config: TaskConfig, splits: Sequence[str]) -> str:
@@ -176,16 +179,20 @@ def _hub_snapshot(config: BackboneConfig) -> Path | None:
     return folder if any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")) else None
 
 
-def _dataset(name: str, revision: str | None) -> str:
-    try:
-        return _on_hub(name, "dataset", revision)
-    except BackboneError:
-        import datasets
+def _dataset(names: HubNames) -> str:
+    from softprompt_dist.data.hub import find_data_set
 
-        cached = Path(datasets.config.HF_DATASETS_CACHE).glob(f"{name.replace('/', '___')}*")
-        if any(cached):
-            return f"{name}: the hub does not answer, but it has been fetched before"
-        raise
+    try:
+        return _on_hub(names.data_set, "dataset", names.revision)
+    except BackboneError as error:
+        try:
+            found = find_data_set(names.data_set, names.subset, names.revision)
+        except SoftpromptError:
+            raise
+        except Exception:  # as `_on_hub` says
+            raise error from None
+        at = f" at {found.commit}" if found.commit else ""
+        return f"{names.data_set}{at}: on this machine"
 
 
 def _on_hub(name: str, kind: str, revision: str | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from softprompt_dist.data.catalogue.definition import CatalogueTask
+from softprompt_dist.data.hub import find_data_set, without_progress_bars
 from softprompt_dist.data.rows import (
     ROWS_AT_A_TIME,
     NumberedRow,
@@ -41,6 +41,7 @@ class SplitSource:
     expected_sha256: str | None = None
     """What it must be, if not anything."""
     revision: str | None = None
+    """The commit that was read, where the hub has one."""
     fingerprint: str | None = None
     """The hub client's, of what it loaded."""
 
@@ -127,12 +128,12 @@ def _open_vader(config: SourceConfig, task: CatalogueTask | None) -> dict[str, S
 
 def _open_hub(config: SourceConfig, task: CatalogueTask | None) -> dict[str, SplitSource]:
     names = hub_names(config, task)
-    found = _load_from_hub(names.data_set, names.subset, names.revision)
+    found, commit = _load_from_hub(names.data_set, names.subset, names.revision)
     return {
         split: SplitSource(
             f"{names.data_set} {hub_split}",
             partial(_hub_rows, names.data_set, hub_split, found),
-            revision=names.revision or _commit(found.get(hub_split)),
+            revision=commit,
             fingerprint=getattr(found.get(hub_split), "_fingerprint", None),
         )
         for split, hub_split in names.splits.items()
@@ -163,22 +164,21 @@ def hub_names(config: SourceConfig, task: CatalogueTask | None) -> HubNames:
     return HubNames(config.name, config.subset, config.revision, wanted)
 
 
-def _load_from_hub(name: str, subset: str | None, revision: str | None) -> Any:
-    import datasets
-
-    showing_progress = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
+def _load_from_hub(name: str, subset: str | None, revision: str | None) -> tuple[Any, str | None]:
+    """The splits by their names, and the commit that they are of."""
     try:
-        return datasets.load_dataset(name, subset, revision=revision)
+        found = find_data_set(name, subset, revision)
+        with without_progress_bars():
+            found.builder.download_and_prepare()
+            return found.builder.as_dataset(), found.commit
+    except DataError:
+        raise
     except Exception as error:  # the hub's client raises kinds of its own and of its libraries
         raise DataError(
             f"Cannot load data set {name!r} (subset {subset!r}, revision {revision!r}): {error} "
             f"Check the names, and that the hub can be reached; or name rows of your own "
             f"(task.source, --data)."
         ) from error
-    finally:
-        if showing_progress:
-            datasets.enable_progress_bars()
 
 
 def _hub_rows(name: str, split: str, found: Any) -> Iterator[NumberedRow]:
@@ -189,14 +189,6 @@ def _hub_rows(name: str, split: str, found: Any) -> Iterator[NumberedRow]:
         )
     tables = found[split].with_format("arrow").iter(batch_size=ROWS_AT_A_TIME)
     return _numbered(f"{name} {split}", (row for table in tables for row in table.to_pylist()))
-
-
-def _commit(loaded: Any) -> str | None:
-    """The commit in the addresses of the files that were loaded, if they have one."""
-    checksums = getattr(getattr(loaded, "info", None), "download_checksums", None)
-    addresses = " ".join(map(str, checksums or ()))
-    found = re.search(r"@([0-9a-f]{40})/", addresses)
-    return found[1] if found else None
 
 
 def _numbered(origin: str, rows: Iterable[Row]) -> Iterator[NumberedRow]:

@@ -14,7 +14,7 @@ from softprompt_dist.data.examples import Example
 from softprompt_dist.data.named_task import NamedTask
 from softprompt_dist.data.own_task import own_task
 from softprompt_dist.data.reading import TaskReader
-from softprompt_dist.data.sources import SPLITS, SplitSource, hub_names, open_splits
+from softprompt_dist.data.sources import SPLITS, HubNames, SplitSource, hub_names, open_splits
 from softprompt_dist.data.split_reading import (
     HASH_BUCKETS,
     SplitContents,
@@ -56,7 +56,7 @@ class SplitRecord:
     sha256: str | None = None
     """Of the origin's file, in hex."""
     revision: str | None = None
-    """On the hub."""
+    """The commit that was read, of a data set on the hub."""
     fingerprint: str | None = None
     """The hub client's, of what it loaded."""
 
@@ -150,14 +150,13 @@ def _fair_part(examples: tuple[Example, ...], count: int | None) -> tuple[Exampl
     return examples[:count]
 
 
-def hub_data_set(config: TaskConfig) -> tuple[str, str | None]:
-    """Name and revision of the data set on the hub that a task with such a source reads.
+def hub_data_set(config: TaskConfig) -> HubNames:
+    """The data set on the hub that a task with such a source reads.
 
     Raises:
         DataError: none is named.
     """
-    names = hub_names(config.source, _catalogue_task(config))
-    return names.data_set, names.revision
+    return hub_names(config.source, _catalogue_task(config))
 
 
 def task_reader(config: TaskConfig) -> TaskReader:

@@ -1,15 +1,20 @@
 """The hub client also loads a local folder by its path: the same code, without a network."""
 
 import json
+import os
 from dataclasses import replace
-from types import SimpleNamespace
+from pathlib import Path
 
 import datasets
+import huggingface_hub
 import pytest
+from datasets.arrow_writer import ArrowWriter
 
+from softprompt_dist.checks.job_files import check_task
 from softprompt_dist.data import sources, tasks
 from softprompt_dist.data.catalogue.definition import HubSource
 from softprompt_dist.data.catalogue.registry import find_task
+from softprompt_dist.data.lm.hub_source import hub_files
 from softprompt_dist.data.sources import SPLITS
 from softprompt_dist.data.tasks import load_task
 from softprompt_dist.errors import DataError
@@ -67,18 +72,91 @@ def test_a_checksum_is_refused_where_a_revision_is_meant(hub_folder):
         load(hub_folder, train="train", sha256={"train": "0" * 64})
 
 
-def test_what_was_loaded_is_recorded(hub_folder):
-    record = load(hub_folder, train="train", revision="v2").records["train"]
-    assert record.revision == "v2"
+def test_a_folder_is_recorded_without_a_revision_and_refused_with_one(hub_folder):
+    record = load(hub_folder, train="train").records["train"]
+    assert record.revision is None
     assert record.fingerprint
     assert record.origin.endswith("set train")
+    with pytest.raises(DataError, match=r"Revision 'v2' of .* which has no revisions. Remove"):
+        load(hub_folder, train="train", revision="v2")
+    with pytest.raises(DataError, match="which has no revisions"):
+        hub_files(f"hub:{hub_folder}", split="train", revision="v2", field_name="text")
+    (Path(hub_folder) / "state.json").touch()
+    with pytest.raises(DataError, match="was written by save_to_disk"):
+        load(hub_folder, train="train")
 
 
-def test_the_commit_is_read_off_the_addresses():
-    address = f"hf://datasets/google/boolq@{'35b264d0' * 5}/data/train-00000.parquet"
-    loaded = SimpleNamespace(info=SimpleNamespace(download_checksums={address: {}}))
-    assert sources._commit(loaded) == "35b264d0" * 5
-    assert sources._commit(SimpleNamespace(info=SimpleNamespace(download_checksums=None))) is None
+OLD, NEW = "0ad1" * 10, "5e3f" * 10
+
+
+@pytest.fixture
+def kept_copies(tmp_path, monkeypatch):
+    """Makes the copies that `datasets` keeps of some commits of a/set, the last one the newest."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def keep(*directories, addresses=()):
+        for age, directory in enumerate(reversed(directories)):
+            folder = tmp_path / "cache" / "a___set" / "part" / "0.0.0" / directory
+            folder.mkdir(parents=True)
+            with ArrowWriter(path=str(folder / "set-train.arrow")) as writer:
+                for number in range(40):
+                    writer.write({"text": f"{directory} {number}", "answer": True})
+                writer.finalize()
+            splits = datasets.SplitDict({"train": datasets.SplitInfo("train", num_examples=40)})
+            info = datasets.DatasetInfo(
+                features=writer._features,
+                config_name="part",
+                splits=splits,
+                download_checksums={address: {} for address in addresses},
+            )
+            info.write_to_directory(str(folder))
+            os.utime(folder, times=(1e9 - age, 1e9 - age))
+
+    return keep
+
+
+@pytest.mark.parametrize(
+    ("revision", "read"), [(None, NEW), (NEW, NEW), (OLD, OLD), ("v1", OLD), ("refs/pr/2", OLD)]
+)
+def test_offline_the_revision_asked_for_is_read_and_recorded(kept_copies, tmp_path, revision, read):
+    kept_copies(OLD, NEW)
+    for name in ("v1", "refs/pr/2"):
+        path = tmp_path / "hub" / "datasets--a--set" / "refs" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(OLD)
+    (tmp_path / "hub" / "datasets--a--set" / "snapshots" / OLD).mkdir(parents=True)
+    data = load("a/set", ("train",), train="train", subset="part", revision=revision)
+    assert {example.input_text[:40] for example in data.train} == {read}
+    assert data.provenance("train")["revision"] == read
+
+    file, *_ = hub_files("hub:a/set:part", split="train", revision=revision, field_name="text")
+    (rows,) = file.rows(0, 0)
+    assert file.record() == {"revision": read}
+    assert rows.values[0].startswith(read)
+
+
+@pytest.mark.parametrize("revision", [OLD, "main"])
+def test_a_revision_that_cannot_be_had_offline_is_refused(kept_copies, revision):
+    kept_copies(NEW)
+    told = f"Revision {revision} of data set a/set cannot be had.*has kept is of {NEW}.*OFFLINE=0"
+    with pytest.raises(DataError, match=told):
+        load("a/set", ("train",), train="train", subset="part", revision=revision)
+    with pytest.raises(DataError, match=told):
+        hub_files("hub:a/set:part", split="train", revision=revision, field_name="text")
+    source = SourceConfig(kind="hub", name="a/set", subset="part", revision=revision)
+    assert told[:20] in check_task(TaskConfig(source=source)).remedy
+    kept = source.model_copy(update={"revision": NEW})
+    assert check_task(TaskConfig(source=kept)).found == f"a/set at {NEW}: on this machine"
+
+
+def test_older_copies_tell_their_commit_by_the_addresses_of_their_files(kept_copies):
+    kept_copies("0123456789abcdef", addresses=[f"hf://datasets/a/set@{OLD}/train.parquet"])
+    data = load("a/set", ("train",), train="train", subset="part", revision=OLD)
+    assert data.records["train"].revision == OLD
+    with pytest.raises(DataError, match=f"has kept is of {OLD}"):
+        load("a/set", ("train",), train="train", subset="part", revision=NEW)
 
 
 @pytest.fixture
@@ -162,7 +240,7 @@ def test_subset_and_revision_go_with_the_catalogues_data_set(monkeypatch, config
 
     def load_nothing(*names):
         asked.append(names)
-        return {"dev": SimpleNamespace(info=SimpleNamespace(download_checksums=None))}
+        return {"dev": object()}, None
 
     monkeypatch.setattr(sources, "_load_from_hub", load_nothing)
     hub = HubSource("ours", "part", "abc", None, "dev", "dev")

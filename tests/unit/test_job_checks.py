@@ -15,6 +15,7 @@ from softprompt_dist.checks.finding import Finding
 from softprompt_dist.checks.job import Job, check_recipe, check_world_size
 from softprompt_dist.checks.world import World
 from softprompt_dist.config import BackboneConfig, TuneConfig
+from softprompt_dist.data.sources import HubNames
 from softprompt_dist.recipe import load_recipe
 from softprompt_dist.task_config import MixtureConfig, SourceConfig, TaskConfig, TransferConfig
 
@@ -163,7 +164,12 @@ def test_a_task_of_the_catalogue_is_looked_up_where_it_would_be_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[str, str | None]] = []
-    monkeypatch.setattr(job_files, "_dataset", lambda *names: asked.append(names) or "on the hub")
+
+    def on_hub(names: HubNames) -> str:
+        asked.append((names.data_set, names.revision))
+        return "on the hub"
+
+    monkeypatch.setattr(job_files, "_dataset", on_hub)
     assert job_files.check_task(TaskConfig(catalogue="trec")).found == "on the hub"
     assert asked == [("CogComp/trec", "refs/convert/parquet")]
     row = '{"question": "is it", "passage": "It is.", "label": true}\n'

@@ -19,7 +19,12 @@ from softprompt_dist.backbone.arrival import assert_all_arrived
 from softprompt_dist.backbone.base import Backbone
 from softprompt_dist.backbone.filling import fill
 from softprompt_dist.backbone.flat_weights import Slot
-from softprompt_dist.backbone.load import inventory_of, load_backbone, load_tokenizer
+from softprompt_dist.backbone.load import (
+    inventory_of,
+    load_backbone,
+    load_tokenizer,
+    locate_backbone,
+)
 from softprompt_dist.config import BackboneConfig, TuneConfig
 from softprompt_dist.data.batching import TokenBatch
 from softprompt_dist.errors import BackboneError, ConfigError
@@ -237,6 +242,11 @@ class Trap:
 def test_a_missing_folder_is_named(path: str) -> None:
     with pytest.raises(BackboneError, match=f"'{path}' does not exist"):
         load(path)
+
+
+def test_a_folder_has_no_revision(tiny_t5: Path) -> None:
+    with pytest.raises(BackboneError, match="revision is 'v2', but .* has no revisions"):
+        locate_backbone(BackboneConfig(path=str(tiny_t5), revision="v2"))
 
 
 def test_a_folder_without_config_or_weights_is_refused(t5_folder: Path, tmp_path: Path) -> None:

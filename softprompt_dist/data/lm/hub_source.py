@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from softprompt_dist.data.hub import find_data_set, without_progress_bars
 from softprompt_dist.data.lm.documents import RawRows
 from softprompt_dist.data.lm.text_sources import column_rows
 from softprompt_dist.errors import DataError
@@ -27,6 +27,7 @@ class HubFile:
     index: int
     num_files: int
     revision: str | None
+    """The commit that is read, where the hub has one."""
     field_name: str
 
     @property
@@ -80,8 +81,7 @@ def hub_files(spec: str, *, split: str, revision: str | None, field_name: str) -
     name, _, config = spec.removeprefix(PREFIX).partition(":")
     if not name:
         raise DataError(f"{spec!r} names no data set. Write hub:NAME or hub:NAME:CONFIG.")
-    commit = _commit(name, revision)
-    data_set = _streamed(name, config or None, split, commit)
+    data_set, commit = _streamed(name, config or None, split, revision)
     shown = " ".join(filter(None, (Path(name).name if Path(name).exists() else name, config)))
     num_files = data_set.n_shards
     return [
@@ -90,31 +90,18 @@ def hub_files(spec: str, *, split: str, revision: str | None, field_name: str) -
     ]
 
 
-def _commit(name: str, revision: str | None) -> str | None:
-    """The commit that `revision`, or the newest, is now, so that a build goes on with the same."""
-    if Path(name).exists() or re.fullmatch(r"[0-9a-f]{40}", revision or ""):
-        return revision
-    from huggingface_hub import HfApi
-
+def _streamed(
+    name: str, config: str | None, split: str, revision: str | None
+) -> tuple[Any, str | None]:
+    """A split, and the commit that it is of."""
     try:
-        found: str | None = HfApi().dataset_info(name, revision=revision).sha
-    except Exception as error:
-        raise DataError(_unknown(name, error)) from error
-    return found
-
-
-def _streamed(name: str, config: str | None, split: str, revision: str | None) -> Any:
-    import datasets
-
-    showing_progress = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        return datasets.load_dataset(name, config, split=split, revision=revision, streaming=True)
+        found = find_data_set(name, config, revision)
+        with without_progress_bars():
+            return found.builder.as_streaming_dataset(split=split), found.commit
+    except DataError:
+        raise
     except Exception as error:  # as above
         raise DataError(_unknown(" ".join(filter(None, (name, config, split))), error)) from error
-    finally:
-        if showing_progress:
-            datasets.enable_progress_bars()
 
 
 def _unknown(name: str, error: Exception) -> str:
