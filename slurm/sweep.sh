@@ -19,7 +19,8 @@
 #   TASKS="boolq cb" SEEDS="0 1 2" SWEEP_DIR=runs/sweep SWEEP_VERB=evaluate \
 #       sbatch --array=0-5 --dependency=aftercorr:JOB slurm/sweep.sh -- --split validation
 #
-# TASKS, SEEDS      words; element i has task i / seeds and seed i % seeds
+# TASKS             words; element i has task i / seeds
+# SEEDS             words; element i has seed i % seeds
 # SWEEP_DIR         an element's run is in SWEEP_DIR/TASK-seedSEED; default runs/sweep-JOB
 # SWEEP_VERB        train, or evaluate: the best prompt, into the run's folder evaluation
 # RECIPE            recipe, in which the task takes the place of task.catalogue; default
