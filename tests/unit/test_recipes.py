@@ -25,7 +25,7 @@ def test_every_shipped_recipe_passes_the_config(name):
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_a_recipe_s_kind_is_known_by_its_keys(name):
-    assert is_adaptation(name) == (name in {"tiny-t5", *PRESETS})
+    assert is_adaptation(name) == (name in {"tiny-t5", "tiny-t5-long", *PRESETS})
 
 
 def test_overrides_tell_the_kind_where_a_recipe_does_not(tmp_path):
