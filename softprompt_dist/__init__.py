@@ -1,3 +1,3 @@
 """Prompt tuning of very large frozen language models, on one machine or a cluster."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
