@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder = ensure_checkpoint(given.out / "models" / f"t5-{size}-fp32", SIZES[size], "fp32")
         for name, cell in CELLS.items():
             _compare(report, size, name, folder, (cell, workload, num_ranks))
-    report.notes.append("GB of 10^9 bytes; the largest of the ranks, without the reserve.")
+    report.notes.append("GB of 10^9 bytes; the largest of the ranks, as allocated.")
     report.publish(given.out)
 
 

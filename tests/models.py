@@ -43,6 +43,25 @@ def make_t5(vocab_size: int = 128, seed: int = 0, d_model: int = 32) -> T5ForCon
     return model.eval()
 
 
+def save_deep_t5(folder: Path, num_blocks: int) -> Path:
+    """A T5 of that many blocks and a small head, so that hardly anything is worth keeping."""
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=40,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=num_blocks // 2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        decoder_start_token_id=0,
+    )
+    model = T5ForConditionalGeneration(config)
+    model.lm_head.weight = torch.nn.Parameter(torch.randn(40, 32) * 32**-0.5)
+    return save_model(model, folder)
+
+
 def make_llama(vocab_size: int = 128, seed: int = 0) -> LlamaForCausalLM:
     """A decoder-only model with a tied head, as small models of that family have."""
     torch.manual_seed(seed)

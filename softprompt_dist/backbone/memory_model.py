@@ -5,6 +5,7 @@ Pure arithmetic: no torch, no device.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, fields
 from itertools import pairwise
 
@@ -20,6 +21,8 @@ _COMMUNICATOR_BYTES = 300_000_000
 """NCCL's buffers, where there is more than one device."""
 _FRAGMENTATION = 0.05
 """Share of what comes and goes that lies unusable between other tensors."""
+_BLOCKS_AT_A_TIME = 3
+"""The one in use, the next one, and the one before, whose computation may not have ended."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,20 @@ class Memory:
     logits: int
     buffers: int
     """The prompt, its gradient and its optimizer's state; norms, biases, relative positions."""
-    reserve: int
-    """The device's context, communication buffers and fragmentation; not torch's to count."""
+    cached: int
+    """Reserved and not allocated: freed blocks that wait to be used again, and fragmentation."""
+    context: int
+    """The device's context and NCCL's buffers; not torch's to count."""
 
     @property
     def allocated(self) -> int:
         """What `torch.cuda.max_memory_allocated` shows."""
-        return self.total - self.reserve
+        return self.reserved - self.cached
+
+    @property
+    def reserved(self) -> int:
+        """What `torch.cuda.max_memory_reserved` shows."""
+        return self.total - self.context
 
     @property
     def total(self) -> int:
@@ -63,7 +73,8 @@ def predict_memory(
         activations=activations,
         logits=logits,
         buffers=_buffer_bytes(architecture, cell, workload),
-        reserve=_CONTEXT_BYTES + communicator + round(_FRAGMENTATION * moving),
+        cached=_cached_bytes(architecture, cell) + round(_FRAGMENTATION * moving),
+        context=_CONTEXT_BYTES + communicator,
     )
 
 
@@ -119,6 +130,22 @@ def gathered_bytes(architecture: Architecture, cell: Cell, cluster: Cluster) -> 
             working_set += working_set // cluster.num_shards(cell)
     quantized = [m.size for block in blocks for m in block if cell.quantizes(m)]
     return working_set + max(quantized, default=0) * cell.item_bytes
+
+
+def _cached_bytes(architecture: Architecture, cell: Cell) -> int:
+    """Room that torch has made for gathered blocks, beyond the two that are whole at a time.
+
+    A third one has been freed and is still computed with (`gather_limit.py`). Their room serves
+    smaller blocks, too; for larger ones new room is made, and the old one kept.
+    """
+    if cell.sharding == "replicated":
+        return 0
+    sizes = [cell.block_bytes(block) for block in architecture.blocks()]
+    room = largest = 0
+    for size, count in Counter(sizes).items():  # in the order of their first use
+        if size > largest:
+            room, largest = room + min(count, _BLOCKS_AT_A_TIME) * size, size
+    return max(0, room - max(map(sum, pairwise(sizes))))
 
 
 def _logit_bytes(architecture: Architecture, cell: Cell, workload: Workload) -> int:

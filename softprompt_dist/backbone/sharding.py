@@ -14,6 +14,7 @@ from deepspeed.runtime.swap_tensor.partitioned_param_swapper import AsyncPartiti
 from torch import nn
 
 from softprompt_dist.backbone.flat_weights import ALIGNMENT
+from softprompt_dist.backbone.gather_limit import GatherLimit
 from softprompt_dist.backbone.offload import claim_folder
 from softprompt_dist.backbone.traffic import Traffic
 
@@ -44,6 +45,7 @@ class BlockSharder(deepspeed.zero.Init):
             param_swapper=_disk_of_bytes(engine_config),
         )
         self._traffic = traffic
+        self._limit = GatherLimit()
 
     def shard(self, num_bytes: int, fill: Fill) -> nn.Parameter:
         """A parameter of `num_bytes` (or a few more) of which `fill` writes this rank's part."""
@@ -57,8 +59,8 @@ class BlockSharder(deepspeed.zero.Init):
 
     def _zero_init_param(self, param: nn.Parameter) -> None:
         self._convert_to_deepspeed_param(param)
-        _count_gathers(param, self._traffic)
         param.partition()  # type: ignore[attr-defined]
+        _watch(param, self._traffic, self._limit)
 
 
 def _disk_of_bytes(engine_config: dict[str, Any]) -> AsyncPartitionedParameterSwapper | None:
@@ -70,19 +72,28 @@ def _disk_of_bytes(engine_config: dict[str, Any]) -> AsyncPartitionedParameterSw
     return AsyncPartitionedParameterSwapper(DeepSpeedConfig(engine_config), torch.uint8)
 
 
-def _count_gathers(parameter: Any, traffic: Traffic) -> None:
+def _watch(parameter: Any, traffic: Traffic, limit: GatherLimit) -> None:
+    """Count a parameter's gathers, and keep them from running too far ahead."""
     gather_coalesced, gather = parameter.all_gather_coalesced, parameter.all_gather
+    partition = parameter.partition
 
-    def counted_coalesced(parameters: Iterable[nn.Parameter], **options: Any) -> Any:
+    def watched_coalesced(parameters: Iterable[nn.Parameter], **options: Any) -> Any:
         chosen = list(parameters)
+        limit.wait()
         traffic.add(chosen)
         return gather_coalesced(chosen, **options)
 
-    def counted(param_list: list[nn.Parameter] | None = None, **options: Any) -> Any:
+    def watched(param_list: list[nn.Parameter] | None = None, **options: Any) -> Any:
+        limit.wait()
         traffic.add(param_list or [parameter])
         return gather(param_list, **options)
 
-    parameter.all_gather_coalesced, parameter.all_gather = counted_coalesced, counted
+    def released(*arguments: Any, **options: Any) -> None:
+        partition(*arguments, **options)
+        limit.note_release()
+
+    parameter.all_gather_coalesced, parameter.all_gather = watched_coalesced, watched
+    parameter.partition = released
 
 
 def install_hooks(model: nn.Module, engine_config: dict[str, Any]) -> Any:

@@ -56,7 +56,7 @@ def table(plans: Sequence[Plan], question: Question, chosen: Plan | None) -> lis
 
 def _row(plan: Plan, question: Question, *, is_chosen: bool) -> tuple[str, ...]:
     cell, memory = plan.cell, plan.memory
-    other = memory.buffers + memory.reserve
+    other = memory.buffers + memory.cached + memory.context
     parts = (memory.weights, memory.gathered, memory.activations, memory.logits, other)
     rows = question.workload.micro_batch * question.machine.cluster.num_gpus
     return (
@@ -89,7 +89,8 @@ def footnotes(question: Question) -> list[str]:
     return [
         "GB are 10^9 bytes. * chosen, - does not fit. A step is one micro-batch on every GPU. "
         "recv: received by a GPU in a step (gathers, prompt); copy: from host or disk. other: "
-        "prompt, optimizer, norms, the GPU's context, communication, fragmentation.",
+        "prompt, optimizer, norms, the GPU's context, communication, fragmentation, and freed "
+        "blocks that are still computed with.",
         f"load: from the checkpoint ({question.architecture.checkpoint_bytes_per_weight} bytes a "
         "weight); conv.: from a copy written by `softprompt convert`.",
         f"Speeds: {bf16}, {gpu.fp32_tflops:g} fp32; in GB/s {gpu.memory_gb_per_second:g} GPU "

@@ -2,11 +2,9 @@
 
 import cells
 import pytest
-import torch
 import traffic
-from transformers import T5Config, T5ForConditionalGeneration
 
-from tests.models import save_model
+from tests.models import save_deep_t5
 
 NUM_BLOCKS = 12
 CONTROL_BYTES = 32
@@ -34,22 +32,7 @@ NODE_CELLS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A T5 of twelve blocks and a small head, so that hardly anything is worth keeping."""
-    torch.manual_seed(0)
-    config = T5Config(
-        vocab_size=40,
-        d_model=32,
-        d_kv=8,
-        d_ff=64,
-        num_layers=NUM_BLOCKS // 2,
-        num_heads=4,
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
-        decoder_start_token_id=0,
-    )
-    model = T5ForConditionalGeneration(config)
-    model.lm_head.weight = torch.nn.Parameter(torch.randn(40, 32) * 32**-0.5)
-    return save_model(model, tmp_path_factory.mktemp("traffic") / "t5")
+    return save_deep_t5(tmp_path_factory.mktemp("traffic") / "t5", NUM_BLOCKS)
 
 
 @pytest.fixture(scope="module")

@@ -168,7 +168,7 @@ def test_host_memory_is_checked_where_it_is_known() -> None:
     xxl = known(XXL)
     more = host_bytes(xxl, cell, EIGHT) - host_bytes(xxl, SHARDED, EIGHT)
     assert more == pytest.approx(sharded_bytes(xxl, SHARDED), rel=1e-6)
-    roomy = ask(gb=10)
+    roomy = ask(gb=12)
     cramped = replace(roomy, machine=replace(roomy.machine, host_memory_gb=16))
     assert make_plan(roomy, cell).fits
     assert not make_plan(cramped, cell).fits
