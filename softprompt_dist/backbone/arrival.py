@@ -14,6 +14,7 @@ from softprompt_dist.backbone.flat_weights import FrozenBlock, Slot, row_ranges
 from softprompt_dist.backbone.inventory import Inventory
 from softprompt_dist.errors import BackboneError
 from softprompt_dist.parallel import ranks
+from softprompt_dist.progress import counted
 
 _WORD = 8
 _PAGE_WORDS = 512
@@ -91,7 +92,7 @@ def _state(backbone: Backbone, inventory: Inventory) -> dict[str, tuple[int, int
     if backbone.engine_config is None:  # else it lies in the mapped file itself
         name = inventory.skeleton.embedding
         state[name] = (1, int(not _same_rows(table_VD, inventory, inventory.stored[name])))
-    for block in backbone.blocks():
+    for block in counted(list(backbone.blocks()), "checking the weights", "layers"):
         with _part(block) as (part, first_byte):
             for slot in block.slots:
                 sums = slot_sums(slot, part, first_byte)

@@ -26,6 +26,7 @@ from softprompt_dist.backbone.replacements import replace_gated_feed_forwards, r
 from softprompt_dist.backbone.seq2seq import Seq2SeqBackbone
 from softprompt_dist.config import BackboneConfig
 from softprompt_dist.parallel import ranks
+from softprompt_dist.progress import Phase, counted, phase
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _BITSANDBYTES = ("llm_int8", "nf4")
@@ -45,7 +46,7 @@ def fill(
     skeleton = inventory.skeleton
     _fill_buffers(inventory, DTYPES[config.dtype])
     quantizable = skeleton.quantizable(config.quantized_layers)
-    for name in skeleton.blocks:
+    for name in counted(skeleton.blocks, "laying out the layers", "layers"):
         _lay_out(inventory, name, config, quantizable)
         replace_gated_feed_forwards(skeleton.blocks[name].computation)
     shape = Seq2SeqBackbone if inventory.config.is_encoder_decoder else CausalBackbone
@@ -54,10 +55,12 @@ def fill(
     if config.sharding == "zero3":
         _fill_parts(backbone, inventory, config, ds_config, group)
     else:
-        for block in skeleton.blocks.values():
-            run = torch.empty(block.num_bytes, dtype=torch.uint8, device=ranks.device())
-            _copy_range(run, 0, block, inventory)
-            block.hold(nn.Parameter(run, requires_grad=False))
+        num_bytes = sum(block.num_bytes for block in skeleton.blocks.values())
+        with phase("loading weights", num_bytes, "B") as told:
+            for block in skeleton.blocks.values():
+                run = torch.empty(block.num_bytes, dtype=torch.uint8, device=ranks.device())
+                _copy_range(run, 0, block, inventory, told)
+                block.hold(nn.Parameter(run, requires_grad=False))
     _choose_checkpointed(skeleton.blocks, config.activation_checkpointing)
     return backbone
 
@@ -98,19 +101,23 @@ def _fill_parts(
 
     blocks = inventory.skeleton.blocks
     world_size = dist.get_world_size(group)
-    *repeated, head = (run_bytes(block.num_bytes, world_size) for block in blocks.values())
+    all_bytes = [run_bytes(block.num_bytes, world_size) for block in blocks.values()]
+    *repeated, head = all_bytes
     sizes = BlockSizes(max(repeated), head, world_size)
     backbone.engine_config = engine_config(config, ds_config, sizes)
     sharder = BlockSharder(backbone.engine_config, backbone.traffic, group)
-    for block in blocks.values():
+    with phase("loading weights", sum(all_bytes) // world_size, "B") as told:
+        for block in blocks.values():
 
-        def fill_part(into: Tensor, first_byte: int, block: FrozenBlock = block) -> None:
-            _copy_range(into, first_byte, block, inventory)
+            def fill_part(into: Tensor, first_byte: int, block: FrozenBlock = block) -> None:
+                _copy_range(into, first_byte, block, inventory, told)
 
-        block.hold(sharder.shard(block.num_bytes, fill_part))
+            block.hold(sharder.shard(block.num_bytes, fill_part))
 
 
-def _copy_range(into: Tensor, first_byte: int, block: FrozenBlock, inventory: Inventory) -> None:
+def _copy_range(
+    into: Tensor, first_byte: int, block: FrozenBlock, inventory: Inventory, told: Phase
+) -> None:
     """Fill `into` with the block's bytes from `first_byte` on, and note their sums."""
     last_byte = min(first_byte + len(into), block.num_bytes)
     for slot in block.slots:
@@ -121,6 +128,7 @@ def _copy_range(into: Tensor, first_byte: int, block: FrozenBlock, inventory: In
             skipped = start - slot.start - rows.start * slot.row_bytes
             into[start - first_byte : end - first_byte] = encoded[skipped : skipped + end - start]
             num_copied += end - start
+            told.advance(end - start)
         _, total = slot_sums(slot, into, first_byte)
         # Counted here, not there: a row that was left out would leave its mark on no sum.
         inventory.sums[slot.name] = (num_copied, total)

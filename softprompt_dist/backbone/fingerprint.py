@@ -12,6 +12,7 @@ from softprompt_dist.backbone.base import Backbone
 from softprompt_dist.backbone.checkpoint_reader import CheckpointReader
 from softprompt_dist.errors import InvariantError
 from softprompt_dist.parallel import ranks
+from softprompt_dist.progress import counted
 
 IDENTITY_KEY = "softprompt_identity"
 """In the header of a converted checkpoint: the identity of what it was made from."""
@@ -59,7 +60,8 @@ def _samples(reader: CheckpointReader, name: str) -> Iterable[Tensor]:
 def local_checksum(backbone: Backbone) -> str:
     """Checksum over every bit of the weights that this rank holds (its parts under ZeRO-3)."""
     digest = hashlib.sha256()
-    for name, held in sorted(backbone.held_tensors()):
+    held_tensors = sorted(backbone.held_tensors())
+    for name, held in counted(held_tensors, "summing up the weights", "tensors"):
         digest.update(f"{name}{_sums_of_bits(held)}".encode())
     return digest.hexdigest()
 

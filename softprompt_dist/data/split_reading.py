@@ -12,6 +12,7 @@ from softprompt_dist.data.reading import NoLabelError, ReadRow, TaskReader
 from softprompt_dist.data.rows import NumberedRow, Place
 from softprompt_dist.data.sources import SplitSource
 from softprompt_dist.errors import DataError
+from softprompt_dist.progress import phase
 
 log = logging.getLogger(__name__)
 
@@ -89,17 +90,19 @@ def read_split(
             f"{source.expected_sha256}. Get the file that was meant, or correct the checksum."
         )
     seen: dict[str, Place] = {}
-    for numbered in rows:
-        contents.num_rows += 1
-        try:
-            read = _read_row(numbered, reader, seen)
-            key = _sha256(read.split_text)
-            goes_to = _split_of(key, absent) if split == "train" else split
-            if read.examples and goes_to in asked:
-                examples = _examples_for(goes_to, numbered, reader, read)
-                contents.placed.setdefault(goes_to, []).append((key, examples))
-        except DataError as error:
-            contents.count_bad(error)
+    with phase(f"reading the {split} split", unit="rows") as told:
+        for numbered in rows:
+            contents.num_rows += 1
+            told.advance()
+            try:
+                read = _read_row(numbered, reader, seen)
+                key = _sha256(read.split_text)
+                goes_to = _split_of(key, absent) if split == "train" else split
+                if read.examples and goes_to in asked:
+                    examples = _examples_for(goes_to, numbered, reader, read)
+                    contents.placed.setdefault(goes_to, []).append((key, examples))
+            except DataError as error:
+                contents.count_bad(error)
     return contents
 
 

@@ -31,6 +31,7 @@ from softprompt_dist.data.downloads import exclusive
 from softprompt_dist.data.token_table import IdRows, TokenTable
 from softprompt_dist.durable import replace_file
 from softprompt_dist.parallel import ranks
+from softprompt_dist.progress import phase
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,8 +95,13 @@ def _tokenised(
 ) -> TokenTable:
     """Part by part: as Python's integers, all of a large split would take ten times the memory."""
     starts = range(0, max(1, len(examples)), _ROWS_AT_A_TIME)
-    parts = (encode(examples[start : start + _ROWS_AT_A_TIME]) for start in starts)
-    return TokenTable.joined([TokenTable.of(p.examples, p.num_truncated) for p in parts])
+    tables = []
+    with phase("tokenising", len(examples), "rows") as told:
+        for start in starts:
+            part = encode(examples[start : start + _ROWS_AT_A_TIME])
+            tables.append(TokenTable.of(part.examples, part.num_truncated))
+            told.advance(len(part.examples))
+    return TokenTable.joined(tables)
 
 
 def _key(examples: Sequence[Example], settings: Sequence[Any]) -> str:

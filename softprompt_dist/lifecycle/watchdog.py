@@ -21,6 +21,7 @@ from typing import Any
 
 from softprompt_dist.errors import HangError
 from softprompt_dist.outcome_files import record_failure
+from softprompt_dist.progress import phase
 
 _POLL_SECONDS = 0.2
 _OTHERS_SECONDS = 1.0
@@ -55,7 +56,8 @@ def doing(what: str, limit_seconds: float) -> Iterator[None]:
     tick()  # first: what came before may be silent for longer than this phase may
     _clock.doing, _clock.limit_seconds = what, limit_seconds
     try:
-        yield
+        with phase(what):
+            yield
     finally:
         tick()
         _clock.doing, _clock.limit_seconds = before

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from softprompt_dist.errors import ConfigError, MachineError, SoftpromptError, StoppedError
 from softprompt_dist.outcome_files import of_batch_script, record_failure
+from softprompt_dist.progress import phase
 from softprompt_dist.redaction import redact_output, redact_text
 
 Main = Callable[[Sequence[str] | None], None]
@@ -165,7 +166,8 @@ def run_verb(main: Main, argv: Sequence[str] | None = None) -> NoReturn:
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
     redact_output()
     try:
-        main(argv)
+        with phase("working"):
+            main(argv)
     except (Exception, KeyboardInterrupt) as error:
         failure = _as_user_error(error)
         if failure is None:

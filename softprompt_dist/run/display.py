@@ -10,8 +10,9 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from softprompt_dist.progress import LINE_SECONDS, spoke
+
 TRAIN = "train"
-SECONDS_BETWEEN_LINES = 5.0
 _NUMBER = ".4g"
 
 Formats = Mapping[str, str]
@@ -51,7 +52,7 @@ class Lines:
         self._total_steps = total_steps
         self._shown = shown
         self._first: tuple[int, float] | None = None
-        self._last_shown_at = -SECONDS_BETWEEN_LINES
+        self._last_shown_at = -LINE_SECONDS
 
     def show(self, step: int, kind: str, metrics: Mapping[str, float]) -> None:
         """Print a line; a train step only if the last one was printed some seconds ago."""
@@ -60,7 +61,7 @@ class Lines:
             self.say(self._line(step, kind, _format(metrics)))
             return
         self._first = self._first or (step, now)
-        is_due = now - self._last_shown_at >= SECONDS_BETWEEN_LINES
+        is_due = now - self._last_shown_at >= LINE_SECONDS
         if is_due or step == self._total_steps:
             self._last_shown_at = now
             line = self._line(step, kind, _format(metrics, self._shown))
@@ -69,6 +70,7 @@ class Lines:
     def say(self, text: str) -> None:
         """Print `text` at once, also into a pipe."""
         print(text, flush=True)
+        spoke()
 
     def close(self) -> None:
         """Nothing is open."""
@@ -109,6 +111,7 @@ class Bar:
         shown = self._shown or dict.fromkeys(list(metrics)[:1], _NUMBER)
         self._bar.set_postfix_str(_format(metrics, shown) + self._scores, refresh=False)
         self._bar.update(step - self._bar.n)
+        spoke()
 
     def say(self, text: str) -> None:
         """Print `text` above the bar."""

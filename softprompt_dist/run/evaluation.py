@@ -90,12 +90,19 @@ class Answered:
     predictions: Sequence[Prediction]
 
 
-def answer(
-    bench: Bench, prompt: SoftPrompt, task: LoadedTask, split_name: str, count: int | None = None
+def answer(  # noqa: PLR0913 - whom, what, and how it is called
+    bench: Bench,
+    prompt: SoftPrompt,
+    task: LoadedTask,
+    split_name: str,
+    count: int | None = None,
+    *,
+    who: str = "the prompt",
 ) -> Answered:
     """All ranks: have a prompt answer a split, or a fair sample of `count` examples."""
     split = task.splits[split_name].sample(count)
-    return Answered(task, split_name, split, bench.predict(prompt, task, split))
+    what = f"scoring {who}, {task.name} {split_name}"
+    return Answered(task, split_name, split, bench.predict(prompt, task, split, what))
 
 
 def evaluation_of(

@@ -89,7 +89,8 @@ def validate(run: TuningRun, state: TuningState, records: Records) -> None:
     found: list[Scores] = []
     for task in run.tasks:
         split = task.splits["validation"].sample(run.config.evaluation.max_validation_examples)
-        predictions = run.predict(run.prompt, task, split)
+        what = f"validating step {state.step}, {task.name}"
+        predictions = run.predict(run.prompt, task, split, what)
         # One rank's sums: on another kind of processor they may differ in the last bit, and all
         # must agree on what is best.
         found.append(ranks.on_main(partial(task.judge, predictions, split.texts)))

@@ -22,12 +22,15 @@ from softprompt_dist.run.transfer import Domain, transfer_table, write_transfer
 from softprompt_dist.run.tuning import TuningRun
 
 UNTUNED = "untuned prompt"
+TUNED = "the tuned prompt"
 
 
 def record_untuned(run: TuningRun, directory: RunDirectory) -> None:
     """All ranks: keep what the prompt, as it was initialised, answers to the test splits."""
     count = run.config.evaluation.max_test_examples
-    answered = [answer(run, run.prompt, task, "test", count) for task in run.tasks]
+    answered = [
+        answer(run, run.prompt, task, "test", count, who=f"the {UNTUNED}") for task in run.tasks
+    ]
     texts = {each.task.name: [p.text for p in each.predictions] for each in answered}
     ranks.on_main(lambda: replace_file(directory.untuned, json.dumps(texts).encode()))
 
@@ -36,8 +39,10 @@ def report_outcome(run: TuningRun, state: TuningState, records: Records) -> None
     """All ranks: score the best prompt on all test splits; rank 0 writes and prints the reports."""
     best = SoftPrompt(state.best_prompt_PD).to(run.prompt.weight.device)
     count = run.config.evaluation.max_test_examples
-    own = [answer(run, best, task, "test", count) for task in run.tasks]
-    elsewhere = [answer(run, best, task, name) for task in run.transfers for name in task.splits]
+    own = [answer(run, best, task, "test", count, who=TUNED) for task in run.tasks]
+    elsewhere = [
+        answer(run, best, task, name, who=TUNED) for task in run.transfers for name in task.splits
+    ]
 
     directory, journal = records.directory, records.journal
 

@@ -21,6 +21,7 @@ from softprompt_dist.data.detokenise import detokenise
 from softprompt_dist.lifecycle.watchdog import tick
 from softprompt_dist.metrics.answer_text import remove_first_sentinel
 from softprompt_dist.parallel import ranks, stop
+from softprompt_dist.progress import Phase, phase
 from softprompt_dist.prompt.module import SoftPrompt
 
 
@@ -92,18 +93,26 @@ class Scorer:
     """Positions that a rank scores at a time."""
 
     def predict(
-        self, prompt: SoftPrompt, examples: Sequence[TokenExample], rule: AnswerRule
+        self,
+        prompt: SoftPrompt,
+        examples: Sequence[TokenExample],
+        rule: AnswerRule,
+        what: str = "scoring",
     ) -> list[Prediction]:
         """All ranks: a prediction for each example, in the order given, on every rank.
 
         Equal inputs are read once. Batches depend on the inputs alone, not on the ranks, so that
-        any number of them computes the same sums in the same order.
+        any number of them computes the same sums in the same order. `what` is what people are told.
         """
-        return self.predict_blocks(prompt, [examples], rule)
+        return self.predict_blocks(prompt, [examples], rule, what)
 
     @torch.no_grad()
     def predict_blocks(
-        self, prompt: SoftPrompt, blocks: Sequence[Sequence[TokenExample]], rule: AnswerRule
+        self,
+        prompt: SoftPrompt,
+        blocks: Sequence[Sequence[TokenExample]],
+        rule: AnswerRule,
+        what: str = "scoring",
     ) -> list[Prediction]:
         """All ranks: as `predict`, of the examples of all blocks; no batch has those of two.
 
@@ -121,11 +130,12 @@ class Scorer:
             inputs += places
             batches += [[start + i for i in batch] for batch in self._batches(prompt, places, rule)]
         mine: list[tuple[int, Prediction]] = []
-        for indices, counts in self._rounds(batches):
-            batch = self._collate([inputs[i] for i in indices])
-            predictions = self._predict_batch(prompt, batch, rule)
-            if counts:
-                mine += zip(indices, predictions, strict=True)
+        with phase(what, len(inputs), "rows") as told:
+            for indices, counts in self._rounds(batches, told):
+                batch = self._collate([inputs[i] for i in indices])
+                predictions = self._predict_batch(prompt, batch, rule)
+                if counts:
+                    mine += zip(indices, predictions, strict=True)
         self.backbone.train(was_training)
         by_place = {i: found for part in ranks.gather_objects(mine) for i, found in part}
         return [by_place[place] for place in of_example]
@@ -142,7 +152,9 @@ class Scorer:
             extra=rule.positions // copies,
         )
 
-    def _rounds(self, batches: Sequence[list[int]]) -> Iterator[tuple[list[int], bool]]:
+    def _rounds(
+        self, batches: Sequence[list[int]], told: Phase
+    ) -> Iterator[tuple[list[int], bool]]:
         """This rank's batches, and whether they count; all ranks, in as many rounds.
 
         A round is where a run that is asked to stop can end: nothing is half done.
@@ -158,6 +170,7 @@ class Scorer:
                 yield batches[own], True
             elif self.backbone.sharded:
                 yield batches[-1][-1:], False
+            told.advance(sum(map(len, batches[start : start + ranks.world_size()])))
 
     def _repeats_inputs(self, rule: AnswerRule) -> bool:
         """Whether what is held of an input is needed once for each label."""

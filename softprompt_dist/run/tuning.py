@@ -61,10 +61,12 @@ class Bench:
         """The backbone's."""
         return self.reader.tokenizer
 
-    def predict(self, prompt: SoftPrompt, task: LoadedTask, split: Split) -> list[Prediction]:
-        """All ranks: what the prompt answers to a split of the task."""
+    def predict(
+        self, prompt: SoftPrompt, task: LoadedTask, split: Split, what: str
+    ) -> list[Prediction]:
+        """All ranks: what the prompt answers to a split of the task; `what` is told meanwhile."""
         rule = dataclasses.replace(task.rule, max_target_tokens=split.max_target_tokens)
-        return self.scorer.predict(prompt, split.tokens, rule)
+        return self.scorer.predict(prompt, split.tokens, rule, what)
 
 
 @dataclass(frozen=True)

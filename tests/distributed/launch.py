@@ -18,6 +18,12 @@ WORKER = Path(__file__).with_name("worker.py")
 GRACE_SECONDS = 20  # for the others, once one rank has failed
 
 
+def without_progress(said):
+    """What a process said on stderr, without the lines that tell how far it is."""
+    lines = said.splitlines(keepends=True)
+    return "".join(line for line in lines if not line.rstrip().endswith((" left", " so far")))
+
+
 @dataclass(frozen=True)
 class RankOutput:
     """What one rank left behind; `returncode` is negative for a signal."""
