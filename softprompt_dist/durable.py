@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
+import logging
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +19,18 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+log = logging.getLogger(__name__)
+
+PATIENCE_SECONDS = 600.0
+"""How long what a run needs is tried again while the disk is away: servers take minutes to fail
+over."""
+PASSING = frozenset(
+    {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENXIO, errno.EREMOTEIO}
+    | {errno.ENOTCONN, errno.ESHUTDOWN, errno.EHOSTDOWN, errno.EHOSTUNREACH}
+)
+"""What a network disk says that is away for a moment."""
+_FIRST_PAUSE_SECONDS = 0.1
+_LONGEST_PAUSE_SECONDS = 15.0
 _READ_BYTES = 4 * 2**20
 
 
@@ -67,6 +82,31 @@ def explained(work: Callable[[], T], explain: Callable[[OSError], Exception]) ->
     return explaining
 
 
+def pauses() -> Iterator[float]:
+    """Seconds to wait before the next look at a disk that is away, ever more, for its patience."""
+    deadline, pause = time.monotonic() + PATIENCE_SECONDS, _FIRST_PAUSE_SECONDS
+    while time.monotonic() + pause <= deadline:
+        yield pause
+        pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+
+
+def patiently(work: Callable[[], T]) -> T:
+    """`work`, which may be done twice, again and again while a network disk is away.
+
+    Raises:
+        OSError: the disk is away for longer than `PATIENCE_SECONDS`, or refuses for good.
+    """
+    for pause in pauses():
+        try:
+            return work()
+        except OSError as error:
+            if error.errno not in PASSING:
+                raise
+            log.warning("The disk is away (%s); trying again.", error)
+        time.sleep(pause)
+    return work()
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Create `path` with `content` and flush it to the disk.
 
@@ -81,14 +121,24 @@ def write_file(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def replace_file(path: Path, content: bytes, *, flush: bool = True) -> None:
+def replace_file(
+    path: Path, content: bytes, *, flush: bool = True, is_patient: bool = True
+) -> None:
     """Give `path` the new `content`; a reader sees the old file or the new one, whole.
 
-    Without `flush` a crash of the machine, but not of the process, may bring the old one back.
+    Args:
+        path: the file, which need not be there.
+        content: all of it.
+        flush: without it a crash of the machine, but not of the process, may bring the old one
+            back.
+        is_patient: whether to try again while a network disk is away: see `patiently`.
 
     Raises:
         OSError: as `write_file`; the old file is then untouched.
     """
+    if is_patient:
+        patiently(lambda: replace_file(path, content, flush=flush, is_patient=False))
+        return
     temporary = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex}")
     try:
         if flush:
@@ -99,7 +149,8 @@ def replace_file(path: Path, content: bytes, *, flush: bool = True) -> None:
         if flush:
             flush_folder(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # what was raised before says more
+            temporary.unlink(missing_ok=True)
 
 
 def flush_files(folder: Path) -> None:

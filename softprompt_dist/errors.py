@@ -96,6 +96,14 @@ class SupersededError(SoftpromptError):
     outcome = ""
 
 
+class OwnerUnknownError(SoftpromptError):
+    """Nobody can tell whose the run directory is: attempt.json cannot be read any more."""
+
+    exit_code = 6
+    on_all_ranks = True
+    outcome = "error"
+
+
 class HangError(SoftpromptError):
     """A rank made no progress for longer than it may."""
 

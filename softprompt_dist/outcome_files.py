@@ -76,7 +76,7 @@ class OutcomeFiles:
         """Whatever ends this process must not be taken for what ended one before it."""
         with suppress(OSError):  # there is none, or it is not ours to write: that is told later
             if self.why.stat().st_mtime < _BEGUN:
-                replace_file(self.why, f"{RUNNING}\n".encode())
+                replace_file(self.why, f"{RUNNING}\n".encode(), is_patient=False)
 
     def begin(self) -> None:
         """An attempt begins: what it will end like is not known.
@@ -140,7 +140,7 @@ class OutcomeFiles:
     def end(self, reason: str) -> None:
         """The attempt ends early, for this reason."""
         line = " ".join(reason.split())[:_LONGEST_REASON]
-        replace_file(self.why, f"{line}\n".encode())
+        replace_file(self.why, f"{line}\n".encode(), is_patient=False)  # who fails has waited
 
 
 def not_writable(folder: Path, error: OSError) -> MachineError:

@@ -17,6 +17,7 @@ import logging
 import os
 import platform
 import shutil
+import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -40,12 +41,13 @@ from softprompt_dist.adaptation.verification import (
     inspect_checkpoint,
     verify,
 )
-from softprompt_dist.durable import FileDigest, digest_of, explained, write_file
+from softprompt_dist.durable import FileDigest, digest_of, explained, pauses, write_file
 from softprompt_dist.errors import CheckpointError
 from softprompt_dist.lifecycle.attempt import Attempt
 from softprompt_dist.parallel import ranks
 from softprompt_dist.run.checkpoint_folder import (
     CheckpointFolder,
+    may_pass,
     not_written,
     other_tensors,
     set_aside,
@@ -143,11 +145,33 @@ class AdaptationCheckpointStore:
 
         Every rank's torch generators are saved beside them, as they are now or as
         `own_random_state` has those of this rank. A step that is published already, with the same
-        tensors, is left as it is.
+        tensors, is left as it is. Where a network disk is away, all of it is tried again.
 
         Raises:
             CheckpointError: on all ranks, when it cannot be written; earlier ones are intact.
         """
+        waits = pauses()
+        while True:
+            try:
+                self._save(step, tensors, small, state, own_random_state)
+                return
+            except CheckpointError as error:  # raised by all ranks
+                if not may_pass(error):
+                    raise
+                pause = ranks.on_main(lambda: next(waits, None))
+                if pause is None:
+                    raise
+                log.warning("%s Trying again.", error)
+            time.sleep(pause)
+
+    def _save(
+        self,
+        step: int,
+        tensors: Mapping[str, ShardedTensor],
+        small: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        own_random_state: Mapping[str, Tensor] | None,
+    ) -> None:
         json.dumps(dict(state))  # a value JSON does not know must stop every rank
         random_states = ranks.gather_objects(dict(own_random_state or random_state()))
         final = self._checkpoints.of_step(step)
@@ -208,6 +232,7 @@ class AdaptationCheckpointStore:
         digests = {**weights, **{name: digest_of(content) for name, content in rest.items()}}
         final = self._checkpoints.of_step(step)
         if _is_published(final, digests):
+            self._checkpoints.witness(final)
             return
         for name, content in rest.items():
             write_file(temporary / name, content)

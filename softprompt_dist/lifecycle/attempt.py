@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -12,13 +13,22 @@ from typing import Any
 
 import torch
 
-from softprompt_dist.errors import SoftpromptError, StoppedError, SupersededError
+from softprompt_dist.errors import SoftpromptError, StoppedError
 from softprompt_dist.lifecycle.heartbeat import Heartbeat
 from softprompt_dist.lifecycle.ownership import Owner, Ownership
 from softprompt_dist.lifecycle.watchdog import Watchdog, doing, tick
-from softprompt_dist.outcome_files import OutcomeFiles, not_writable, of_batch_script, silent_where
+from softprompt_dist.outcome_files import (
+    RUNNING,
+    OutcomeFiles,
+    first_line,
+    not_writable,
+    of_batch_script,
+    silent_where,
+)
 from softprompt_dist.parallel import ranks, stop
 from softprompt_dist.section import HealthConfig
+
+log = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 1.0
 """How often rank 0 looks for a STOP file and a new owner."""
@@ -87,7 +97,7 @@ class Attempt:
         self._heartbeat.stop(last_beat=is_ours)
         if is_ours and isinstance(error, SoftpromptError) and error.outcome:
             with suppress(OSError):  # a full disk is what `error` may be about
-                self.files.end(f"{error.outcome}: {error}")
+                self._tell(error)
         self._ownership.release()
 
     def begins_anew(self, is_asked: bool) -> bool:
@@ -121,13 +131,17 @@ class Attempt:
 
         Raises:
             SupersededError: a later attempt has taken over.
+            OwnerUnknownError: nobody can tell whether one has, for minutes now.
         """
         self._ownership.check()
 
     def saved(self, step: int) -> None:
         """A checkpoint of `step` is on the disk; rank 0 only, no collective."""
         if not self._ownership.is_lost():  # since the checkpoint got its name
-            self.files.publish_step(self.steps_before + step)
+            try:
+                self.files.publish_step(self.steps_before + step)
+            except OSError as error:  # the checkpoint is there, and a resume finds it
+                log.warning("Step %d is saved, but its number could not be: %s", step, error)
 
     def finish(self, step: int) -> None:
         """All ranks: the run is complete."""
@@ -142,11 +156,12 @@ class Attempt:
 
         Raises:
             SupersededError: on all ranks; a later attempt has taken over.
+            OwnerUnknownError: on all ranks; nobody can tell whether one has, for minutes now.
         """
         found = [stop.wanted(), *self._look(), int(failed)]
         flags = ranks.all_reduce_max(torch.tensor(found, device=ranks.device())).tolist()
-        number, has_stop_file, is_superseded, has_failed = flags
-        if is_superseded:
+        number, has_stop_file, is_over, has_failed = flags
+        if is_over:
             ranks.on_main(self.check_ours)
         if has_failed:
             return "failure"
@@ -182,12 +197,10 @@ class Attempt:
     def _look(self) -> tuple[int, int]:
         if ranks.is_main() and time.monotonic() - self._looked >= _LOOK_SECONDS:
             self._looked = time.monotonic()
-            self._found = (int(os.path.exists(self.files.stop)), int(not self._is_ours()))
+            self._found = (int(os.path.exists(self.files.stop)), int(self._ownership.is_over()))
         return self._found
 
-    def _is_ours(self) -> bool:
-        try:
-            self.check_ours()
-        except SupersededError:
-            return False
-        return True
+    def _tell(self, error: SoftpromptError) -> None:
+        # Where nobody knows whose the directory is, what stands there may be another's word.
+        if self._ownership.is_held() or first_line(self.files.why) in ("", RUNNING):
+            self.files.end(f"{error.outcome}: {error}")

@@ -73,7 +73,8 @@ class Heartbeat:
             return
         values = {**self._facts, **self._values, **watchdog.current(), "time": time.time()}
         try:
-            replace_file(self._path, json.dumps(values, indent=1).encode(), flush=False)
+            content = json.dumps(values, indent=1).encode()
+            replace_file(self._path, content, flush=False, is_patient=False)
         except OSError as error:
             if not self._has_warned:
                 log.warning("No heartbeat can be written: %s", error)

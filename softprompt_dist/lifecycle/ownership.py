@@ -3,11 +3,15 @@
 A cluster starts a job again when it has lost a node, though the ranks on that node may go on: the
 later attempt takes the directory over, and the earlier one finds, before it publishes anything,
 that it is no longer the owner. Two living runs are another matter: the second is refused.
+
+A file that cannot be read says nothing: the run goes on, publishes nothing meanwhile, and ends only
+where the disk stays away for minutes.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import time
@@ -18,19 +22,22 @@ from dataclasses import Field, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from softprompt_dist.durable import replace_file
-from softprompt_dist.errors import DirectoryInUseError, SupersededError
+from softprompt_dist import durable
+from softprompt_dist.durable import patiently, pauses, replace_file
+from softprompt_dist.errors import DirectoryInUseError, OwnerUnknownError, SupersededError
 from softprompt_dist.lifecycle.heartbeat import HEARTBEAT
 from softprompt_dist.outcome_files import OutcomeFiles, announce
 from softprompt_dist.parallel.verb import launched_rank
 
+log = logging.getLogger(__name__)
+
 ATTEMPT = "attempt.json"
 _SILENCE_SECONDS = 60.0
 """Of the heart of a run on another machine, whose processes cannot be seen from here."""
+_MALFORMED = (ValueError, KeyError, TypeError, RecursionError)
+"""What reading a file raises that is there, and is none of ours."""
 _SETTLING_SECONDS = 0.3
 """Two runs that claim a directory at one moment: the last to write its name has it."""
-_SECOND_LOOK_SECONDS = 0.5
-"""After which attempt.json is read again where it could not be: a network disk has its moments."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,9 @@ class Ownership:
     def __init__(self, folder: Path, owner: Owner | None = None) -> None:
         self._path = folder / ATTEMPT
         self.owner = owner or Owner.here(os.environ)
+        self._unknown_since: float | None = None
+        self._why_unknown = ""
+        self._has_warned = False
 
     def claim(self) -> None:
         """Become the owner.
@@ -88,36 +98,80 @@ class Ownership:
         refuse_if_in_use(self._path.parent, self.owner)
         replace_file(self._path, json.dumps(asdict(self.owner), indent=1).encode())
         time.sleep(_SETTLING_SECONDS)
-        found = read_owner(self._path.parent)
+        found = patiently(lambda: _found_owner(self._path.parent))
         if found is not None and found.token != self.owner.token:
             raise _in_use(self._path.parent, found)
 
     def check(self) -> None:
-        """Whether this attempt is still the owner.
+        """Whether this attempt is still the owner; waits while nobody can tell.
 
         Raises:
             SupersededError: a later attempt is.
+            OwnerUnknownError: nobody could tell for as long as a disk may be away.
         """
-        found = read_owner(self._path.parent)
+        found = self._look()
+        for pause in pauses():
+            if found is not None or self._is_unknown_for_too_long():
+                break
+            self._warn()
+            time.sleep(pause)
+            found = self._look()
         if found is None:
-            time.sleep(_SECOND_LOOK_SECONDS)
-            found = read_owner(self._path.parent)
-        if found is None or found.token != self.owner.token:
-            other = "nobody knows whom" if found is None else found.described
-            raise SupersededError(
-                f"{self._path.parent} was taken over by {other}: this attempt ({self.owner.token}) "
-                "ends and publishes nothing more."
+            raise OwnerUnknownError(
+                f"{self._path} cannot be read ({self._why_unknown}), for "
+                f"{self._unknown_seconds():.0f} s now: whose {self._path.parent} is cannot be "
+                "told, so this attempt ends and publishes nothing more. Look at the disk; the same "
+                "command goes on from the newest checkpoint."
             )
+        if found.token != self.owner.token:
+            raise SupersededError(
+                f"{self._path.parent} was taken over by {found.described}: this attempt "
+                f"({self.owner.token}) ends and publishes nothing more."
+            )
+
+    def is_over(self) -> bool:
+        """Without waiting: whether `check` would raise."""
+        found = self._look()
+        if found is None:
+            self._warn()
+            return self._is_unknown_for_too_long()
+        return found.token != self.owner.token
 
     def is_held(self) -> bool:
         """Whether it is known that this attempt is the owner."""
-        found = read_owner(self._path.parent)
+        found = self._look()
         return found is not None and found.token == self.owner.token
 
     def is_lost(self) -> bool:
         """Whether it is known that another attempt is the owner."""
-        found = read_owner(self._path.parent)
+        found = self._look()
         return found is not None and found.token != self.owner.token
+
+    def _look(self) -> Owner | None:
+        """The owner; None where nobody can tell, since when is kept in mind."""
+        try:
+            found = _read_owner(self._path.parent)
+        except (OSError, *_MALFORMED) as error:
+            self._why_unknown = str(error)
+            self._unknown_since = self._unknown_since or time.monotonic()
+            return None
+        self._unknown_since = None
+        return found
+
+    def _warn(self) -> None:
+        if not self._has_warned:
+            log.warning(
+                "Whose the run directory is cannot be told for now (%s). The run goes on, and "
+                "publishes nothing until it can be.",
+                self._why_unknown,
+            )
+        self._has_warned = True
+
+    def _unknown_seconds(self) -> float:
+        return 0.0 if self._unknown_since is None else time.monotonic() - self._unknown_since
+
+    def _is_unknown_for_too_long(self) -> bool:
+        return self._unknown_seconds() > durable.PATIENCE_SECONDS
 
     def release(self) -> None:
         """Let another run have the folder at once."""
@@ -149,11 +203,9 @@ def begin_in(folder: Path) -> None:
 
 def read_owner(folder: Path) -> Owner | None:
     """What attempt.json says; None where there is none that can be read."""
-    try:
-        values = json.loads((folder / ATTEMPT).read_bytes())
-        return Owner(**{field.name: _checked(values, field) for field in fields(Owner)})
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
+    with suppress(OSError, *_MALFORMED):
+        return _read_owner(folder)
+    return None
 
 
 def refuse_if_in_use(folder: Path, newcomer: Owner | None = None) -> None:
@@ -161,9 +213,10 @@ def refuse_if_in_use(folder: Path, newcomer: Owner | None = None) -> None:
 
     Raises:
         DirectoryInUseError: with its job, process and host.
+        OSError: attempt.json is there, and cannot be read.
     """
     newcomer = newcomer or Owner.here(os.environ)
-    found = read_owner(folder)
+    found = patiently(lambda: _found_owner(folder))
     if found is None:
         return
     is_same_job = bool(found.job) and found.job == newcomer.job
@@ -194,6 +247,18 @@ def seconds_since_heartbeat(folder: Path) -> float:
     except OSError:
         return float("inf")
     return max(0.0, now - last)
+
+
+def _found_owner(folder: Path) -> Owner | None:
+    """What attempt.json says; None where there is none, or one that no attempt has written."""
+    with suppress(FileNotFoundError, NotADirectoryError, *_MALFORMED):
+        return _read_owner(folder)
+    return None
+
+
+def _read_owner(folder: Path) -> Owner:
+    values = json.loads((folder / ATTEMPT).read_bytes())
+    return Owner(**{field.name: _checked(values, field) for field in fields(Owner)})
 
 
 def _in_use(folder: Path, owner: Owner) -> DirectoryInUseError:

@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from softprompt_dist.durable import PASSING
 from softprompt_dist.errors import ConfigError, MachineError, SoftpromptError, StoppedError
 from softprompt_dist.outcome_files import of_batch_script, record_failure
 from softprompt_dist.progress import phase
@@ -35,6 +36,7 @@ _REMEDIES = {
     errno.EROFS: "Choose a place that can be written to (--run-dir).",
     errno.ENOSPC: "Free some space, or choose another place (--run-dir).",
     errno.EDQUOT: "Free some of the quota, or choose another place (--run-dir).",
+    **dict.fromkeys(PASSING, "The disk is away: start again once it answers."),
 }
 _PEER_LOST = re.compile(r"connection (was )?(closed|reset)|broken pipe", re.IGNORECASE)
 

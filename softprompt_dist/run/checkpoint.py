@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from softprompt_dist.durable import write_file
+from softprompt_dist.durable import patiently, write_file
 from softprompt_dist.lifecycle.attempt import Attempt
 from softprompt_dist.parallel import ranks
 from softprompt_dist.run.checkpoint_folder import (
@@ -115,9 +115,7 @@ class CheckpointStore:
         final = self._checkpoints.of_step(step)
         files = encode_checkpoint(step, tensors, state, random_states)
         try:
-            if self._is_published(final, files[TENSORS]):
-                return
-            self._publish(final, files)
+            patiently(lambda: self._publish(final, files))
         except OSError as error:
             raise not_written(final, error, sum(map(len, files.values()))) from error
         self._checkpoints.remove_older(step)
@@ -136,6 +134,9 @@ class CheckpointStore:
         return True
 
     def _publish(self, final: Path, files: Mapping[str, bytes]) -> None:
+        if self._is_published(final, files[TENSORS]):
+            self._checkpoints.witness(final)
+            return
         temporary = self._checkpoints.begin()
         try:
             for name, content in files.items():

@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from softprompt_dist.durable import flush_folder, free_bytes
+from softprompt_dist.durable import PASSING, flush_folder, free_bytes, patiently
 from softprompt_dist.errors import CheckpointError
 from softprompt_dist.lifecycle.attempt import Attempt
 from softprompt_dist.run.checkpoint_format import MANIFEST, InvalidCheckpointError
@@ -30,8 +30,6 @@ _PUBLISHED = re.compile(r"step-(\d{8,})")
 _TEMPORARY = ".tmp-step-"
 _CORRUPT = "corrupt-"
 _DISCARDED = "discarded-"
-_PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENXIO}
-"""What a network disk says that is away for a moment."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,11 @@ class CheckpointFolder:
         flush_folder(temporary)
         if self.attempt is not None:
             self.attempt.check_ours()
-        temporary.rename(final)
+        try:
+            temporary.rename(final)
+        except FileNotFoundError:
+            if not final.exists():
+                raise  # else a network disk has done it, and lost its answer
         flush_folder(self.path)
         try:
             verify(final)
@@ -95,16 +97,21 @@ class CheckpointFolder:
                 f"{final} does not read back as written: {reason}. It is kept as {aside.name}; "
                 "earlier checkpoints are intact. Check the disk, then resume."
             ) from reason
-        self._witness(final)
+        self.witness(final)
 
-    def _witness(self, final: Path) -> None:
+    def witness(self, final: Path) -> None:
+        """Leave word that this checkpoint is on the disk."""
         match = _PUBLISHED.fullmatch(final.name)
         if self.attempt is not None and match is not None:
             self.attempt.saved(int(match[1]))
 
     def remove_older(self, step: int) -> None:
         """Keep the checkpoint of `step`, the ones before it that shall be kept, and all later."""
-        older = [(s, path) for s, path in self.published() if s < step]
+        try:
+            older = [(s, path) for s, path in self.published() if s < step]
+        except OSError as error:
+            log.warning("Older checkpoints than %d could not be looked for: %s", step, error)
+            return
         for old_step, path in older[: max(0, len(older) - (self.keep_last - 1))]:
             if old_step in self.keep_steps:
                 continue
@@ -127,7 +134,7 @@ class CheckpointFolder:
         Raises:
             CheckpointError: there are damaged ones only: a run never starts over unasked.
         """
-        published = self.published()
+        published = patiently(self.published)
         if published:
             return published[-1][1]
         damaged = sorted(self.path.glob(f"{_CORRUPT}step-*"))
@@ -160,7 +167,7 @@ class CheckpointFolder:
             f"Cannot look for checkpoints in {self.path}: {error}. The folder must be "
             "readable and writable; correct its permissions, or pass another --run-dir."
         )
-        return _may_pass(failure, error)
+        return _judged(failure, error)
 
 
 def set_aside(path: Path, reason: str) -> Path:
@@ -186,12 +193,17 @@ def not_written(final: Path, error: OSError, num_bytes: int) -> CheckpointError:
         f"{num_bytes:,} bytes, {free_bytes(final.parent)} are free there. Earlier checkpoints are "
         f"intact. {remedy}"
     )
-    return _may_pass(failure, error)
+    return _judged(failure, error)
 
 
-def _may_pass(failure: CheckpointError, error: OSError) -> CheckpointError:
+def may_pass(failure: CheckpointError) -> bool:
+    """Whether it was a disk that is away for a moment."""
+    return failure.outcome == "error"
+
+
+def _judged(failure: CheckpointError, error: OSError) -> CheckpointError:
     """Whether a batch script shall try again."""
-    if error.errno in _PASSING:
+    if error.errno in PASSING:
         failure.outcome = "error"
     return failure
 

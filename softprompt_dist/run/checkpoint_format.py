@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from softprompt_dist.durable import FileDigest, digest_of
+from softprompt_dist.durable import FileDigest, digest_of, patiently
 from softprompt_dist.errors import CheckpointError
 from softprompt_dist.names import is_name
 from softprompt_dist.run.random_state import joined_random_states
@@ -102,12 +102,15 @@ def encode_manifest(step: int, digests: Mapping[str, FileDigest], kind: str = TU
 def malformed_is_invalid(
     read: Callable[Concatenate[Path, P], T],
 ) -> Callable[Concatenate[Path, P], T]:
-    """Whatever goes wrong when `read` reads in a folder is InvalidCheckpointError, but a denial."""
+    """Whatever goes wrong when `read` reads in a folder is InvalidCheckpointError, but a denial.
+
+    A disk that is away for a moment is waited for: what it holds may be whole.
+    """
 
     @wraps(read)
     def reading(folder: Path, /, *args: P.args, **kwargs: P.kwargs) -> T:
         try:
-            return read(folder, *args, **kwargs)
+            return patiently(lambda: read(folder, *args, **kwargs))
         except PermissionError:
             raise
         except OSError as error:

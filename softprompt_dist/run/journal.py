@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -14,6 +16,9 @@ from softprompt_dist.run.display import TRAIN, Display, Formats, Silence, open_d
 from softprompt_dist.run.metrics_file import MetricsFile
 
 log = logging.getLogger(__name__)
+
+_SECONDS_WITHOUT_EVENTS = 60.0
+"""After an error of TensorBoard's writer, until there is another."""
 
 
 class Journal:
@@ -35,6 +40,7 @@ class Journal:
     ) -> None:
         self._file: MetricsFile | None = None
         self._events: Any = None
+        self._events_from = 0.0
         self._display: Display = Silence()
         self._has_warned = False
         ranks.on_main(lambda: self._open(directory, start_step))
@@ -61,10 +67,9 @@ class Journal:
         values = {name: float(value) for name, value in metrics.items()}
         try:
             self._file.append(step, kind, values)
-            for name, value in values.items():
-                self._events.add_scalar(f"{kind}/{name}", value, step)
         except OSError as error:
-            self._warn(f"the metrics of step {step} (at least) are lost: {error}")
+            self._warn(f"the metrics of step {step} cannot be written yet: {error}")
+        self._add_events(step, kind, values)
         self._display.show(step, kind, values)
 
     def say(self, text: str) -> None:
@@ -77,20 +82,31 @@ class Journal:
             return
         self._display.close()
         try:
-            self._events.close()
+            if self._events is not None:
+                self._events.close()
         except OSError as error:
             self._warn(f"the last TensorBoard events are lost: {error}")
         self._file = None
 
-    def _open(self, directory: RunDirectory, start_step: int) -> None:
-        # Imported here: it takes seconds, and only rank 0 writes events.
-        from torch.utils.tensorboard import SummaryWriter
+    def _add_events(self, step: int, kind: str, values: Mapping[str, float]) -> None:
+        if time.monotonic() < self._events_from:
+            return
+        try:
+            if self._events is None:  # its writer does not outlive an error
+                self._events = self._open_events()
+            for name, value in values.items():
+                self._events.add_scalar(f"{kind}/{name}", value, step)
+        except OSError as error:
+            self._events, self._events_from = None, time.monotonic() + _SECONDS_WITHOUT_EVENTS
+            self._warn(f"the TensorBoard events of step {step} (at least) are lost: {error}")
 
+    def _open(self, directory: RunDirectory, start_step: int) -> None:
         # Hides what an earlier attempt logged of the steps that come again.
         purge_step = start_step + 1 if start_step else 0
         try:
             self._file = MetricsFile(directory.metrics, start_step)
-            self._events = SummaryWriter(str(directory.tensorboard), purge_step=purge_step)
+            self._open_events = partial(_summary_writer, str(directory.tensorboard))
+            self._events = self._open_events(purge_step=purge_step)
         except OSError as error:
             raise MachineError(
                 f"The run's metrics cannot be written: {error}. Pass --run-dir with a folder that "
@@ -102,3 +118,10 @@ class Journal:
         if not self._has_warned:
             log.warning("Journal: %s", message)
         self._has_warned = True
+
+
+def _summary_writer(folder: str, **settings: Any) -> Any:
+    # Imported here: it takes seconds, and only rank 0 writes events.
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(folder, **settings)

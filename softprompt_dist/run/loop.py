@@ -96,7 +96,8 @@ def validate(run: TuningRun, state: TuningState, records: Records) -> None:
         found.append(ranks.on_main(partial(task.judge, predictions, split.texts)))
     values = score_values(run.tasks, found)
     score = values[score_name(run.tasks)]
-    ranks.on_main(records.attempt.check_ours)  # it took long
+    with doing("looking whose the run directory is", run.config.health.slow_timeout_seconds):
+        ranks.on_main(records.attempt.check_ours)  # it took long
     records.journal.log(state.step, values, "validation")
     best = state.best_score
     gained = best is None or score > best
@@ -104,7 +105,8 @@ def validate(run: TuningRun, state: TuningState, records: Records) -> None:
     if best is None or score >= best:  # of equals the later: it has seen more
         state.best_score, state.best_step = score, state.step
         state.best_prompt_PD = run.prompt.weight.detach().clone()
-        ranks.on_main(lambda: publish_prompt(run, state, records))
+        with doing("publishing the best prompt", run.config.health.slow_timeout_seconds):
+            ranks.on_main(lambda: publish_prompt(run, state, records))
     state.validated_step = state.step
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from softprompt_dist.durable import replace_file
+from softprompt_dist.durable import cut_file, replace_file
 
 
 class MetricsFile:
@@ -23,21 +24,34 @@ class MetricsFile:
 
     def __init__(self, path: Path, start_step: int) -> None:
         self._path = path
+        self._waiting: list[Mapping[str, Any]] = []
         kept = [line for line in read_metrics(path) if 0 < start_step >= line["step"]]
         self._earlier = {_key(line) for line in kept}
         self._rewrite(kept)
 
     def append(self, step: int, kind: str, metrics: Mapping[str, float]) -> None:
-        """Add a line; one of the same step and kind from an earlier attempt gives way."""
+        """Add a line; one of the same step and kind from an earlier attempt gives way.
+
+        What a disk did not take is written with the next line that it takes.
+        """
         line = {"step": step, "kind": kind, "time": round(time.time(), 3), **metrics}
-        if _key(line) in self._earlier:
-            self._earlier.remove(_key(line))
-            self._rewrite(other for other in read_metrics(self._path) if _key(other) != _key(line))
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self._waiting.append(line)
+        again = self._earlier.intersection(map(_key, self._waiting))
+        if again:
+            self._rewrite(other for other in read_metrics(self._path) if _key(other) not in again)
+            self._earlier -= again
+        size = self._path.stat().st_size if self._path.exists() else 0
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(_text(self._waiting))
+        except OSError:
+            with suppress(OSError):
+                cut_file(self._path, size)  # a part of a line would spoil the next one
+            raise
+        self._waiting.clear()
 
     def _rewrite(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        replace_file(self._path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        replace_file(self._path, _text(lines).encode(), is_patient=False)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -59,6 +73,10 @@ def usual_losses(path: Path, count: int) -> list[float]:
     """The latest train losses that were not flagged as spikes."""
     usual = [line for line in read_metrics(path) if "loss_spike_sigmas" not in line]
     return points(usual, "train", "loss")[1][-count:]
+
+
+def _text(lines: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)
 
 
 def _parse(text: str) -> dict[str, Any] | None:

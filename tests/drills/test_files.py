@@ -6,6 +6,7 @@ kills are in test_kills.py.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -17,13 +18,14 @@ from pathlib import Path
 
 import pytest
 
+from softprompt_dist import durable
 from softprompt_dist.config import TuneConfig
 from softprompt_dist.errors import CheckpointError
 from softprompt_dist.lifecycle import attempt as attempt_module
 from softprompt_dist.lifecycle import ownership
 from softprompt_dist.recipe import load_recipe
 from softprompt_dist.run import checkpoint as checkpoint_module
-from softprompt_dist.run import loop
+from softprompt_dist.run import checkpoint_format, loop
 from softprompt_dist.run.session import train
 from softprompt_dist.run.tuning import TuningRun
 from tests import runs
@@ -219,6 +221,50 @@ def test_a_full_disk_ends_the_run_with_the_numbers_and_the_old_ones_intact(
     filler.unlink()
     train(config)
     assert (run_dir / "DONE").is_file()
+
+
+@pytest.mark.drill("D39")
+def test_a_network_disk_that_is_away_now_and_then_costs_nothing(
+    tune: Tune, undisturbed: tuple[Path, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(durable, "_FIRST_PAUSE_SECONDS", 0.001)
+
+    def is_away(name: str, is_meant: Callable[..., bool], call: Callable[[int], bool]) -> None:
+        real, calls = getattr(Path, name), iter(range(10_000))
+
+        def method(path: Path, *given: object, **named: object) -> object:
+            if is_meant(path, *given) and call(next(calls)):
+                raise OSError(errno.ESTALE, "Stale file handle", str(path))
+            return real(path, *given, **named)
+
+        monkeypatch.setattr(Path, name, method)
+
+    is_away("read_bytes", lambda path: path.name == "attempt.json", lambda n: n // 6 % 2 == 1)
+    is_away("rename", lambda path, _: path.name.startswith(".tmp-step"), lambda n: n % 3 < 2)
+    is_away("open", lambda path, mode="r": mode == "a", lambda n: n % 4 == 0)
+    is_away("iterdir", lambda path: path.name == "checkpoints", lambda n: n % 2 == 0)
+    run_dir = tune("run")
+    assert_same_end(run_dir, undisturbed[0])
+    assert (run_dir / "DONE").read_text() == f"{LAST}\n"
+
+
+@pytest.mark.drill("D7", "D39")
+def test_a_checkpoint_that_cannot_be_read_for_a_moment_is_not_damaged(
+    tune: Tune, undisturbed: tuple[Path, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tune("run", die_before=7)
+    monkeypatch.setattr(durable, "_FIRST_PAUSE_SECONDS", 0.001)
+    real, calls = checkpoint_format.read_bounded, iter(range(10_000))
+
+    def read_bounded(path: Path, limit: int) -> bytes:
+        if path.name == "state.safetensors" and next(calls) < 3:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return real(path, limit)
+
+    monkeypatch.setattr(checkpoint_format, "read_bounded", read_bounded)
+    tune("run")
+    assert not list((run_dir / "checkpoints").glob("corrupt-*"))
+    assert_same_end(run_dir, undisturbed[0])
 
 
 @pytest.mark.drill("D16")

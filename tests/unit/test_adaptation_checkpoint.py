@@ -1,3 +1,4 @@
+import errno
 import json
 import logging
 import os
@@ -8,6 +9,7 @@ import signal
 import pytest
 import torch
 
+from softprompt_dist import durable
 from softprompt_dist.adaptation import sharded_files, verification
 from softprompt_dist.adaptation.checkpoint import AdaptationCheckpointStore
 from softprompt_dist.adaptation.sharded_tensor import Piece, ShardedTensor
@@ -131,6 +133,28 @@ def test_leftovers_of_a_killed_save_are_removed_and_never_loaded(store):
     shutil.copytree(store.folder / "step-00000010", store.folder / ".tmp-step-abc")
     assert_newest_is(store, 10)
     assert names(store.folder) == ["step-00000010"]
+
+
+@pytest.mark.drill("D39")
+def test_a_save_while_the_disk_is_away_is_tried_again(store, monkeypatch):
+    save(store, 10)
+    real, calls = sharded_files._write_files, iter(range(10))
+
+    def away(*arguments):
+        if next(calls) < 3:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return real(*arguments)
+
+    monkeypatch.setattr(durable, "_FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(sharded_files, "_write_files", away)
+    save(store, 20)
+    assert_newest_is(store, 20)
+    assert names(store.folder) == ["step-00000010", "step-00000020"]
+    calls = iter(range(10))
+    monkeypatch.setattr(durable, "PATIENCE_SECONDS", 0.0)
+    with pytest.raises(CheckpointError, match="Stale file handle"):
+        save(store, 30)
+    assert_newest_is(store, 20)
 
 
 def test_a_published_checkpoint_is_never_overwritten(store):

@@ -1,11 +1,14 @@
+import errno
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
 from softprompt_dist.errors import MachineError
 from softprompt_dist.parallel import ranks
 from softprompt_dist.run import display
+from softprompt_dist.run import journal as journal_module
 from softprompt_dist.run.directory import RunDirectory
 from softprompt_dist.run.journal import Journal
 from softprompt_dist.run.metrics_file import MetricsFile, read_metrics
@@ -186,5 +189,31 @@ def test_a_disk_that_fills_up_is_said_once_and_does_not_stop_the_run(
         monkeypatch.setattr(MetricsFile, "append", full)
         log_steps(journal, 1, 3)
     assert [record.message for record in caplog.records] == [
-        "Journal: the metrics of step 1 (at least) are lost: [Errno 28] No space left on device"
+        "Journal: the metrics of step 1 cannot be written yet: [Errno 28] No space left on device"
     ]
+
+
+def test_what_a_busy_disk_did_not_take_is_written_later(directory, monkeypatch, caplog):
+    real, calls = Path.open, iter(range(100))
+
+    def busy(path, mode="r", **settings):
+        is_away = mode == "a" and next(calls) % 3
+        if is_away:
+            with real(path, mode, **settings) as file:
+                file.write('{"step": 1, "ki')
+        if is_away or mode == "x":
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path, mode, **settings)
+
+    with Journal(directory, total_steps=7) as journal:
+        writer = journal._events
+        monkeypatch.setattr(Path, "open", busy)
+        monkeypatch.setattr(journal_module, "_SECONDS_WITHOUT_EVENTS", 0.0)
+        monkeypatch.setattr(writer, "add_scalar", lambda *_: busy(directory.path / "events", "x"))
+        log_steps(journal, 1, 7)
+        monkeypatch.undo()
+    written = [(line["step"], line["kind"][:5]) for line in without_time(directory.metrics)]
+    assert [step for step, kind in written if kind == "train"] == [1, 2, 3, 4, 5, 6, 7]
+    assert [step for step, kind in written if kind == "valid"] == [2, 4, 6]
+    assert len(caplog.records) == 1, "said once"
+    assert journal._events is not writer, "TensorBoard's writer is dead after an error"

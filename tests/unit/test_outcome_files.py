@@ -127,7 +127,7 @@ def test_without_a_run_nothing_is_written(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_disk_that_is_full_hides_no_failure(
     files: OutcomeFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(outcome_files, "replace_file", full)

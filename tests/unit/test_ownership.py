@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -14,7 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from softprompt_dist.errors import DirectoryInUseError, StopFileError, SupersededError
+from softprompt_dist import durable
+from softprompt_dist.errors import (
+    DirectoryInUseError,
+    OwnerUnknownError,
+    StopFileError,
+    SupersededError,
+)
 from softprompt_dist.lifecycle.ownership import (
     Owner,
     Ownership,
@@ -207,7 +214,9 @@ def test_a_file_that_nobody_can_read_names_no_owner(tmp_path: Path, content: byt
     Ownership(tmp_path).claim()
 
 
-def test_who_leaves_lets_the_next_in_at_once_and_takes_nobodys_place(tmp_path: Path) -> None:
+def test_who_leaves_lets_the_next_in_at_once_and_takes_nobodys_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = Ownership(tmp_path)
     first.claim()
     first.release()
@@ -220,17 +229,68 @@ def test_who_leaves_lets_the_next_in_at_once_and_takes_nobodys_place(tmp_path: P
     assert (second.is_lost(), second.is_held()) == (False, True)
     second.release()
     assert (second.is_lost(), second.is_held()) == (False, False)
-    with pytest.raises(SupersededError, match="nobody knows whom"):
+    monkeypatch.setattr(durable, "PATIENCE_SECONDS", 0.0)
+    with pytest.raises(OwnerUnknownError, match=r"attempt.json cannot be read \(.*No such file"):
         second.check()
 
 
-def test_an_owner_that_cannot_be_read_for_a_moment_is_looked_for_again(tmp_path: Path) -> None:
+@pytest.fixture
+def unreadable(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`unreadable(number, times)`: so often attempt.json answers with that error."""
+    real = Path.read_bytes
+    monkeypatch.setattr(durable, "_FIRST_PAUSE_SECONDS", 0.001)
+
+    def arrange(number: int, times: int) -> None:
+        left = iter(range(times))
+
+        def read_bytes(path: Path) -> bytes:
+            if path.name == "attempt.json" and next(left, None) is not None:
+                raise OSError(number, os.strerror(number), str(path))
+            return real(path)
+
+        monkeypatch.setattr(Path, "read_bytes", read_bytes)
+
+    return arrange
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EACCES, errno.ENOENT])
+def test_an_owner_that_cannot_be_read_for_a_while_is_the_owner_still(
+    tmp_path: Path, unreadable: Callable[..., None], number: int
+) -> None:
     mine = Ownership(tmp_path)
     mine.claim()
-    path = tmp_path / "attempt.json"
-    path.rename(tmp_path / "away")
-    threading.Timer(0.1, lambda: (tmp_path / "away").rename(path)).start()
+    unreadable(number, times=8)
+    assert not mine.is_over(), "the run goes on"
+    assert not mine.is_held(), "and says nothing in the directory"
     mine.check()
+    assert mine.is_held()
+
+
+def test_an_owner_that_cannot_be_read_for_too_long_ends_with_the_reason(
+    tmp_path: Path, unreadable: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = Ownership(tmp_path)
+    mine.claim()
+    unreadable(errno.ESTALE, times=10_000)
+    monkeypatch.setattr(durable, "PATIENCE_SECONDS", 0.05)
+    assert not mine.is_over()
+    with pytest.raises(OwnerUnknownError, match=r"Stale file handle.* goes on from the newest"):
+        mine.check()
+    monkeypatch.setattr(durable, "PATIENCE_SECONDS", 0.0)
+    assert mine.is_over()
+
+
+def test_a_directory_whose_owner_cannot_be_read_is_not_free(
+    tmp_path: Path, claim: Claim, unreadable: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert heard(claim()) == "claimed"
+    unreadable(errno.ESTALE, times=4)
+    with pytest.raises(DirectoryInUseError):
+        Ownership(tmp_path).claim()
+    unreadable(errno.ESTALE, times=10_000)
+    monkeypatch.setattr(durable, "PATIENCE_SECONDS", 0.0)
+    with pytest.raises(OSError, match="Stale file handle"):
+        Ownership(tmp_path).claim()
 
 
 def test_before_the_ranks_meet_all_that_stands_against_a_run_is_said(
