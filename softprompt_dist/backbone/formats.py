@@ -29,8 +29,8 @@ class RowFormat(Protocol):
     def encode(self, values_RC: Tensor) -> Tensor:
         """bytes_RN (uint8) of floating-point rows; each row depends on itself alone."""
 
-    def multiply(self, input_C: Tensor, bytes_RN: Tensor) -> Tensor:
-        """[..., C] times the weight transposed: [..., R]."""
+    def multiply(self, input_C: Tensor, bytes_RN: Tensor, bias_R: Tensor | None = None) -> Tensor:
+        """[..., C] times the weight transposed, plus the bias [R]: [..., R]."""
 
     def multiply_transposed(self, grad_R: Tensor, bytes_RN: Tensor) -> Tensor:
         """[..., R] times the weight: [..., C], the gradient at `multiply`'s input."""
@@ -50,9 +50,9 @@ class PlainRows:
         """See `RowFormat`."""
         return values_RC.to(self.dtype).contiguous().view(torch.uint8)
 
-    def multiply(self, input_C: Tensor, bytes_RN: Tensor) -> Tensor:
+    def multiply(self, input_C: Tensor, bytes_RN: Tensor, bias_R: Tensor | None = None) -> Tensor:
         """See `RowFormat`."""
-        return F.linear(input_C, bytes_RN.view(self.dtype))
+        return F.linear(input_C, bytes_RN.view(self.dtype), bias_R)
 
     def multiply_transposed(self, grad_R: Tensor, bytes_RN: Tensor) -> Tensor:
         """See `RowFormat`."""
@@ -95,11 +95,13 @@ class Int8Rows:
         scale_R = scale_bytes.view(torch.float32)[:, 0]
         return quantized_RC, scale_R
 
-    def multiply(self, input_C: Tensor, bytes_RN: Tensor) -> Tensor:
+    def multiply(self, input_C: Tensor, bytes_RN: Tensor, bias_R: Tensor | None = None) -> Tensor:
         """See `RowFormat`."""
         quantized_RC, scale_R = self.split(bytes_RN)
+        scale_R = scale_R.to(input_C.dtype)
         # The integers are exact in bf16; the scale multiplies R results instead of R x C weights.
-        return F.linear(input_C, quantized_RC.to(input_C.dtype)) * scale_R.to(input_C.dtype)
+        product_R = F.linear(input_C, quantized_RC.to(input_C.dtype))
+        return product_R * scale_R if bias_R is None else torch.addcmul(bias_R, product_R, scale_R)
 
     def multiply_transposed(self, grad_R: Tensor, bytes_RN: Tensor) -> Tensor:
         """See `RowFormat`."""

@@ -45,22 +45,22 @@ class FrozenLinear(nn.Module):
         assert self.slot is not None, f"{self.name} has not been loaded"
         if self.slot.weight_RC is not None:  # torch itself then keeps no more than that
             return F.linear(input_NC, self.slot.weight_RC, self.bias)
-        output_NR: Tensor = _FrozenProduct.apply(input_NC, self.slot)
-        return output_NR if self.bias is None else output_NR + self.bias
+        output_NR: Tensor = _FrozenProduct.apply(input_NC, self.slot, self.bias)
+        return output_NR
 
 
 class _FrozenProduct(torch.autograd.Function):
     # `forward` takes ctx itself: with `setup_context` torch inspects the signature at every call.
 
     @staticmethod
-    def forward(ctx: Any, input_C: Tensor, slot: Slot) -> Tensor:
+    def forward(ctx: Any, input_C: Tensor, slot: Slot, bias_R: Tensor | None) -> Tensor:
         ctx.slot = slot
-        return slot.format.multiply(input_C, slot.bytes_RN)
+        return slot.format.multiply(input_C, slot.bytes_RN, bias_R)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad_R,) = grads
-        return ctx.slot.format.multiply_transposed(grad_R, ctx.slot.bytes_RN), None
+        return ctx.slot.format.multiply_transposed(grad_R, ctx.slot.bytes_RN), None, None
 
 
 class FrozenRMSNorm(nn.Module):

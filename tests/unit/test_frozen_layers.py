@@ -141,6 +141,17 @@ def test_a_large_head_rounds_alike_whole_and_gathered() -> None:
     assert torch.equal(whole, again)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bias_rounds_alike_whole_and_gathered(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight_RC, bias_R, input_BC = (
+        torch.randn(*shape, generator=generator).to(dtype) for shape in ((64, 32), (64,), (50, 32))
+    )
+    whole = block_of(PlainRows(dtype), weight_RC, bias_R)
+    expected_BR = whole(input_BC)
+    assert torch.equal(gathered(whole)(input_BC), expected_BR)
+
+
 def test_a_linear_looks_for_its_weight_when_the_gradient_comes() -> None:
     """Under ZeRO-3 the bytes of the forward pass are gone by then; new ones have been gathered."""
     block = gathered(block_of(FORMATS["int8"], torch.randn(5, 9), None))
