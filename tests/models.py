@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -17,6 +18,47 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+
+_SIZES = {
+    "vocab_size": 53,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "tie_word_embeddings": False,
+}
+HEAD_DIM = {"head_dim": 6}
+_GEMMA = {**HEAD_DIM, "query_pre_attn_scalar": 6}
+_LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 3, "long_factor": [4.0] * 3}
+CAUSAL: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "Mistral": {"sliding_window": 6},
+    "Qwen2": {},
+    "Qwen3": HEAD_DIM,
+    "GPTNeoX": {},
+    "GPTNeo": {"attention_types": [[["global", "local"], 1]], "window_size": 6},
+    "Gemma": HEAD_DIM,
+    "Gemma2": {**_GEMMA, "sliding_window": 6},
+    "Gemma3Text": {**_GEMMA, "sliding_window": 6},
+    "Olmo2": {},
+    "Phi": {"num_attention_heads": 3, "num_key_value_heads": 3},
+    "Phi3": {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 32},
+    "Llama4Text": {
+        **HEAD_DIM,
+        "attention_chunk_size": 6,
+        "moe_layers": [],
+        "intermediate_size_mlp": 40,
+    },
+    "SmolLM3": {},
+    "StableLm": {"sliding_window": 6},  # which this kind does not heed
+    "Granite": {"embedding_multiplier": 3.0, "logits_scaling": 2.0},
+}
+"""Kinds of decoder-only models, with settings that show what is special about them."""
 
 
 def make_t5(vocab_size: int = 128, seed: int = 0, d_model: int = 32) -> T5ForConditionalGeneration:
@@ -79,6 +121,22 @@ def make_llama(vocab_size: int = 128, seed: int = 0) -> LlamaForCausalLM:
             pad_token_id=0,
         )
     ).eval()
+
+
+def make_causal(name: str, **settings: Any) -> Any:
+    """A lively decoder-only model of a kind of transformers, with norms and biases of all values.
+
+    Args:
+        name: of the kind, such as "Qwen2".
+        **settings: of its config, besides those of `CAUSAL`.
+    """
+    values = {**_SIZES, **CAUSAL.get(name, {}), **settings}
+    config = getattr(transformers, f"{name}Config")(**values)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.dim() > 1 else 0.3))
+    return model
 
 
 def save_model(model: torch.nn.Module, folder: Path) -> Path:

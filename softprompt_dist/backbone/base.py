@@ -33,6 +33,15 @@ class Identity:
 
 
 @dataclass(frozen=True)
+class PositionLimit:
+    """Most positions that prompt, input and target may take together."""
+
+    positions: int
+    reason: str
+    """As a message says it: "the backbone has 512"."""
+
+
+@dataclass(frozen=True)
 class Reading:
     """Prompt and input as read, with what of the answer there is so far."""
 
@@ -90,8 +99,8 @@ class Backbone(nn.Module, ABC):
         return self.embedding.dtype
 
     @property
-    def max_positions(self) -> int | None:
-        """Most positions that prompt, input and target may take together; None for no limit."""
+    def position_limit(self) -> PositionLimit | None:
+        """How long a row may be; None for no limit."""
         return None
 
     def forward(self, *inputs: Any, part: Callable[..., Any] | None = None) -> Any:

@@ -6,38 +6,51 @@ A answers, N = B x A, D width, V vocabulary.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from softprompt_dist.backbone.base import Backbone, Reading
+from softprompt_dist.backbone.base import Backbone, PositionLimit, Reading
 from softprompt_dist.data.batching import Family, TokenBatch
 
 
 class CausalBackbone(Backbone):
-    """Llama, GPT-NeoX, Qwen and their like: [prompt ; padding ; input ; target] in one row.
+    """Llama, GPT-NeoX, Qwen and their like: [padding ; prompt ; input ; target] in one row.
 
-    Inputs are padded on the left, so that all targets start at the same column and the head is
-    computed for them alone. Positions count real tokens only; padding changes nothing.
+    All targets start at the same column, so that the head is computed for them alone. Positions
+    count real tokens only, and nothing lies between two tokens of a row: the attention windows and
+    chunks of some models count columns. So padding changes nothing.
     """
 
     family: Family = "causal"
     model: Any
 
     @property
-    def max_positions(self) -> int | None:
-        """Most positions that prompt, input and target may take together; None for no limit."""
+    def position_limit(self) -> PositionLimit | None:
+        """How long a row may be; None for no limit."""
         names = ("max_position_embeddings", "n_positions")
-        return next((int(n) for name in names if (n := getattr(self.config, name, None))), None)
+        has = (int(n) for name in names if (n := getattr(self.config, name, None)))
+        limits = [PositionLimit(n, f"the backbone has {n}") for n in has]
+        return min([*limits, *self._rope_limits()], key=lambda x: x.positions, default=None)
+
+    def _rope_limits(self) -> Iterator[PositionLimit]:
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        of_layer_types = (value for value in rope.values() if isinstance(value, dict))
+        for parameters in (rope, *of_layer_types):
+            if parameters.get("rope_type") == "longrope":
+                n = int(parameters["original_max_position_embeddings"])
+                reason = (
+                    f"the backbone answers up to {n} here: beyond them its rotary frequencies "
+                    "(longrope) are chosen for all rows of a batch by the longest"
+                )
+                yield PositionLimit(n, reason)
 
     def _logits(self, prompt_BPD: Tensor, batch: TokenBatch) -> Tensor:
         num_targets = batch.target_ids_BT.shape[1]
         start_BLD, start_mask_BL = self._embedded(prompt_BPD, batch)
-        if start_BLD.shape[1] + num_targets > self._attention_window:
-            start_BLD, start_mask_BL = _padding_first(start_BLD, start_mask_BL)
         mask = torch.cat([start_mask_BL, batch.target_mask_BT], dim=1).long()
         logits: Tensor = self.model(
             inputs_embeds=torch.cat([start_BLD, self.embedding(batch.target_ids_BT)], dim=1),
@@ -50,9 +63,7 @@ class CausalBackbone(Backbone):
 
     def _read(self, prompt_BPD: Tensor, batch: TokenBatch) -> Reading:
         embeds_BLD, mask_BL = self._embedded(prompt_BPD, batch)
-        if self._attention_window < math.inf:
-            embeds_BLD, mask_BL = _padding_first(embeds_BLD, mask_BL)
-        logits_B1V, state = self._continue(embeds_BLD, mask_BL, DynamicCache(config=self.config))
+        logits_B1V, state = self._continue(embeds_BLD, mask_BL, DynamicCache())
         return Reading(logits_B1V[:, -1], state)
 
     def _extend(self, reading: Reading, ids_B: Tensor) -> Reading:
@@ -96,12 +107,9 @@ class CausalBackbone(Backbone):
         ).logits
         return logits, (mask_BL, cache)
 
-    @property
-    def _attention_window(self) -> float:
-        return getattr(self.config, "sliding_window", None) or math.inf
-
-
-def _padding_first(embeds_BLD: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """Padding moved before the prompt: transformers counts it in the window of an attention."""
-    order_BL = mask_BL.argsort(dim=1, stable=True)
-    return embeds_BLD.take_along_dim(order_BL[:, :, None], 1), mask_BL.take_along_dim(order_BL, 1)
+    def _embedded(self, prompt_BPD: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        embeds_BLD, mask_BL = super()._embedded(prompt_BPD, batch)
+        # The input's padding lies behind the prompt, where its embeddings were put side by side.
+        order_BL = mask_BL.argsort(dim=1, stable=True)
+        embeds_BLD = embeds_BLD.take_along_dim(order_BL[:, :, None], 1)
+        return embeds_BLD, mask_BL.take_along_dim(order_BL, 1)

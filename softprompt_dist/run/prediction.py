@@ -123,11 +123,11 @@ def _check_positions(
 ) -> None:
     """Refuse settings under which an input could be too long; nobody knows the rows to come."""
     needed = prompt_length + config.backbone.max_input_tokens + rule.answer_tokens
-    limit = backbone.max_positions
-    if limit is not None and needed > limit:
+    limit = backbone.position_limit
+    if limit is not None and needed > limit.positions:
         raise ConfigError(
             f"The prompt's {prompt_length} vectors, backbone.max_input_tokens "
             f"{config.backbone.max_input_tokens} and {rule.answer_tokens} tokens of answer make "
-            f"{needed} positions, but the backbone has {limit}. Lower backbone.max_input_tokens by "
-            f"{needed - limit} or more."
+            f"{needed} positions, but {limit.reason}. Lower backbone.max_input_tokens by "
+            f"{needed - limit.positions} or more."
         )

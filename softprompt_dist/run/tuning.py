@@ -239,14 +239,15 @@ def assert_only_prompt_trains(run: TuningRun) -> None:
 
 
 def _check_positions(config: TuneConfig, backbone: Backbone, tasks: Sequence[LoadedTask]) -> None:
-    limit = backbone.max_positions
+    limit = backbone.position_limit
     longest = max((_longest_row(task) for task in tasks), default=0)
     needed = config.prompt.prompt_length + longest
-    if limit is not None and needed > limit:
+    if limit is not None and needed > limit.positions:
         raise DataError(
             f"prompt.prompt_length {config.prompt.prompt_length} and the longest input with its "
-            f"answer, {longest} tokens, make {needed} positions, but the backbone has {limit}. "
-            f"Lower backbone.max_input_tokens by {needed - limit} or more, or prompt.prompt_length."
+            f"answer, {longest} tokens, make {needed} positions, but {limit.reason}. Lower "
+            f"backbone.max_input_tokens by {needed - limit.positions} or more, or "
+            "prompt.prompt_length."
         )
 
 

@@ -19,37 +19,8 @@ from softprompt_dist.config import BackboneConfig
 from softprompt_dist.data.batching import TokenExample, collate
 from softprompt_dist.errors import BackboneError
 from tests import reference
+from tests.models import CAUSAL, HEAD_DIM, make_causal, make_t5, save_model
 
-SIZES = {
-    "vocab_size": 53,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 2,
-    "eos_token_id": 1,
-}
-HEAD_DIM = {"head_dim": 6}
-GEMMA = {**HEAD_DIM, "query_pre_attn_scalar": 6}
-KNOWN: dict[str, dict[str, Any]] = {
-    "Llama": {},
-    "Mistral": {"sliding_window": 6},
-    "Qwen2": {},
-    "Qwen3": HEAD_DIM,
-    "GPTNeoX": {},
-    "Gemma": HEAD_DIM,
-    "Gemma2": {**GEMMA, "sliding_window": 6},
-    "Gemma3Text": {**GEMMA, "sliding_window": 6},
-    "Olmo2": {},
-    "Phi": {"num_attention_heads": 3, "num_key_value_heads": 3},
-    "Phi3": {},
-    "SmolLM3": {},
-    "StableLm": {},
-    "Granite": {"embedding_multiplier": 3.0, "logits_scaling": 2.0},
-}
 OUR_NORM = {"Llama", "Mistral", "Qwen2", "Qwen3", "Olmo2", "Phi3", "SmolLM3", "Granite"}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "GPT2": ({"n_embd": 24, "n_layer": 2, "n_head": 2}, r"h\.0\.attn\.c_attn\.weight .*Conv1D"),
@@ -60,19 +31,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-def config_of(name: str, tie: bool = False, **settings: Any) -> Any:
-    values = {**SIZES, **settings, "tie_word_embeddings": tie}
-    return getattr(transformers, f"{name}Config")(**values)
-
-
 def save(folder: Path, name: str, **settings: Any) -> Any:
-    """Write a random model of a kind, lively, with norms and biases of all values."""
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config_of(name, **settings))
-    model.eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.dim() > 1 else 0.3))
-    model.save_pretrained(str(folder))
+    """Write a random model of a kind."""
+    model = make_causal(name, **settings)
+    save_model(model, folder)
     return model
 
 
@@ -87,11 +49,11 @@ def kinds_of_norm(backbone: Backbone) -> set[type]:
 
 
 @pytest.mark.parametrize("tie", [False, True], ids=["own head", "tied head"])
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", CAUSAL)
 def test_logits_and_gradient_are_those_of_transformers(
     name: str, tie: bool, tmp_path: Path
 ) -> None:
-    model = save(tmp_path, name, tie=tie, **KNOWN[name])
+    model = save(tmp_path, name, tie_word_embeddings=tie)
     backbone = load(tmp_path, activation_checkpointing="every_2")
     ours, plain = reference.ours(backbone), reference.plain(model)
     reference.assert_equal(ours, plain, logits=1e-5, gradient=1e-5)
@@ -100,7 +62,7 @@ def test_logits_and_gradient_are_those_of_transformers(
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma2"])
 def test_bf16_is_that_of_transformers(name: str, tmp_path: Path) -> None:
-    model = save(tmp_path, name, **KNOWN[name])
+    model = save(tmp_path, name)
     expected = reference.plain(model).logits
     for found, in_bf16, exact in zip(
         reference.ours(load(tmp_path, dtype="bf16")).logits,
@@ -185,20 +147,20 @@ def test_only_a_plain_norm_is_replaced_whatever_its_weights(
     assert all(child.weight is weight_D for child in model)
 
 
-CACHED = ("Mistral", "GPTNeoX", "Gemma2", "Gemma3Text")
+CACHED = ("Mistral", "GPTNeoX", "GPTNeo", "Gemma2", "Gemma3Text", "Llama4Text", "StableLm")
 ANSWERS_AT = torch.tensor([[20, 21, 22, 23, 24, 25, 26, 1], [30, 31, 1, 0, 0, 0, 0, 0]])
 LENGTHS = (8, 3)
 LONG = (
     TokenExample((5, 6, 7, 8, 1, 9, 10, 11, 12, 13, 14, 15, 16), (20, 1)),
     TokenExample((9, 10, 1), (20, 1)),
 )
-"""Longer than the sliding windows of `KNOWN`, and padded where they are shorter."""
+"""Longer than the sliding windows of `CAUSAL`, and padded where they are shorter."""
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", CACHED)
 def test_kept_keys_and_values_answer_as_the_whole_row_does(name: str, tmp_path: Path) -> None:
-    model = save(tmp_path, name, **KNOWN[name])
+    model = save(tmp_path, name)
     backbone = load(tmp_path).eval()
     prompt_PD = reference.make_prompt(backbone.d_model)
     prompt_BPD = prompt_PD.expand(len(LONG), -1, -1)
@@ -218,3 +180,44 @@ def test_kept_keys_and_values_answer_as_the_whole_row_does(name: str, tmp_path: 
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
             found = at_once[row, answer, :length]
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def some_rows(count: int, generator: torch.Generator) -> list[TokenExample]:
+    """Of 1 to 18 input and 1 to 4 target tokens."""
+
+    def ids(most: int) -> tuple[int, ...]:
+        length = int(torch.randint(1, most + 1, (1,), generator=generator))
+        return tuple(torch.randint(3, 53, (length,), generator=generator).tolist())
+
+    return [TokenExample(ids(18), ids(4)) for _ in range(count)]
+
+
+def answers_to(backbone: Backbone, rows: list[TokenExample]) -> list[dict[str, torch.Tensor]]:
+    """What is made of the rows in one batch: by training, by ranking and token by token."""
+    prompt_BPD = reference.make_prompt(backbone.d_model).expand(len(rows), -1, -1)
+    batch = collate(rows, pad_id=0, family=backbone.family)
+    trained = backbone(prompt_BPD, batch)
+    ranked = backbone.answer_logits(prompt_BPD, batch, ANSWERS_AT)
+    reading = backbone.read(prompt_BPD, batch)
+    steps = [reading.logits_BV]
+    for piece in ANSWERS_AT[0, :-1]:
+        reading = backbone.extend(reading, piece.expand(len(rows)))
+        steps.append(reading.logits_BV)
+    made = torch.stack(steps, dim=1)
+    return [
+        {"trained": trained[i, : len(row.target_ids)], "ranked": ranked[i, 0], "made": made[i]}
+        for i, row in enumerate(rows)
+    ]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["T5", *CAUSAL])
+def test_a_row_answers_as_it_does_alone_in_any_company(name: str, tmp_path: Path) -> None:
+    save_model(make_t5() if name == "T5" else make_causal(name), tmp_path)
+    backbone = load(tmp_path).eval()
+    generator = torch.Generator().manual_seed(5)
+    for size in (2, 3, 5):
+        rows = some_rows(size, generator)
+        for row, found in zip(rows, answers_to(backbone, rows), strict=True):
+            (alone,) = answers_to(backbone, [row])
+            torch.testing.assert_close(found, alone, rtol=0, atol=1e-5)

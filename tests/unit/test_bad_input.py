@@ -100,15 +100,27 @@ def test_a_run_directory_that_cannot_be_made(said: Said, tiny_recipe: Path, tmp_
     assert_message(outcome, run_dir, "--run-dir")
 
 
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+FEW_POSITIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "a table of 12": ({"max_position_embeddings": 12}, "the backbone has 12"),
+    "longrope of 12": (
+        {"rope_parameters": {**LONGROPE, "original_max_position_embeddings": 12}},
+        "up to 12 here: beyond them its rotary frequencies (longrope)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FEW_POSITIONS)
 def test_more_positions_than_the_backbone_has(
-    said: Said, tiny_recipe: Path, tiny_llama: Path, tmp_path: Path
+    said: Said, tiny_recipe: Path, tiny_llama: Path, tmp_path: Path, case: str
 ) -> None:
+    change, reason = FEW_POSITIONS[case]
     folder = Path(shutil.copytree(tiny_llama, tmp_path / "llama"))
     values = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**values, "max_position_embeddings": 12}))
+    (folder / "config.json").write_text(json.dumps({**values, **change}))
     arguments = ["--set", f"backbone.path={folder}", "--run-dir", tmp_path / "run"]
     outcome = said(train.main, "--recipe", tiny_recipe, *arguments)
-    assert_message(outcome, "prompt.prompt_length 5", "the backbone has 12")
+    assert_message(outcome, "prompt.prompt_length 5", reason)
     numbers = re.search(r"(\d+) tokens, make (\d+) positions.*_tokens by (\d+) or", outcome[2])
     assert numbers is not None, outcome[2]
     longest, needed, excess = map(int, numbers.groups())
