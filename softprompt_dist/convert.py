@@ -69,7 +69,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    from softprompt_dist.backbone.checkpoint_reader import checkpoint_files
     from softprompt_dist.backbone.conversion import (
         CopyFormat,
         check_output,
@@ -77,6 +76,7 @@ def _convert(options: argparse.Namespace) -> None:
         write_copy,
     )
     from softprompt_dist.backbone.load import inventory_of, locate_backbone
+    from softprompt_dist.backbone.weight_files import checkpoint_files
     from softprompt_dist.config import BackboneConfig
     from softprompt_dist.parallel import ranks
 

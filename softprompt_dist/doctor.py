@@ -118,7 +118,7 @@ def disk_findings(job: Job, world: World) -> list[Finding]:
 
 def job_findings(job: Job, world: World) -> list[Finding]:
     """What the recipe asks for: rows, weights, and a world and a memory that they fit."""
-    from softprompt_dist.backbone.checkpoint_reader import checkpoint_files
+    from softprompt_dist.backbone.weight_files import checkpoint_files
     from softprompt_dist.checks import job_files
     from softprompt_dist.checks.disk import check_read_speed
     from softprompt_dist.checks.job import check_world_size

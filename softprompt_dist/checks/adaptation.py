@@ -11,9 +11,9 @@ from softprompt_dist.adapt_config import AdaptConfig
 from softprompt_dist.adaptation.exporting import check_free
 from softprompt_dist.adaptation.source import source_in
 from softprompt_dist.backbone.architecture import Architecture, architecture_of
-from softprompt_dist.backbone.checkpoint_reader import checkpoint_files
 from softprompt_dist.backbone.known_architectures import known_architecture
 from softprompt_dist.backbone.load import load_tokenizer
+from softprompt_dist.backbone.weight_files import checkpoint_files
 from softprompt_dist.cache import cache_directory
 from softprompt_dist.checks.adaptation_room import (
     check_disk_room,

@@ -129,8 +129,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _inventory(folder: Path, config: BackboneConfig) -> str:
-    from softprompt_dist.backbone.checkpoint_reader import checkpoint_files
     from softprompt_dist.backbone.load import inventory_of
+    from softprompt_dist.backbone.weight_files import checkpoint_files
 
     inventory = inventory_of(folder, config)
     inventory.reader.close()

@@ -19,8 +19,9 @@ from safetensors.torch import save
 from softprompt_dist.adapt_config import AdaptConfig
 from softprompt_dist.adapt_stages import load_stages
 from softprompt_dist.backbone.architecture import architecture_of
-from softprompt_dist.backbone.checkpoint_reader import CheckpointReader, checkpoint_files
+from softprompt_dist.backbone.checkpoint_reader import CheckpointReader
 from softprompt_dist.backbone.engine import read_engine_config
+from softprompt_dist.backbone.weight_files import checkpoint_files
 from softprompt_dist.config import TuneConfig
 from softprompt_dist.data.catalogue.samples import sample_rows
 from softprompt_dist.data.lm.documents import RawRows, documents_of
@@ -208,8 +209,9 @@ def _prompt_targets(folder: Path) -> Iterator[Target]:
 def _backbone_targets(folder: Path) -> Iterator[Target]:
     weights = {"a.weight": torch.ones(3, 2), "b.weight": torch.ones(2, 2, dtype=torch.int8),
                "b.weight_scale": torch.ones(2, 1)}  # fmt: skip
-    pickled = io.BytesIO()
-    torch.save({"a": torch.ones(2)}, pickled)
+    pickled = [io.BytesIO(), io.BytesIO()]
+    for file, as_zip in zip(pickled, (True, False), strict=True):
+        torch.save({"a": torch.ones(2)}, file, _use_new_zipfile_serialization=as_zip)
 
     def tensors(path: Path) -> None:
         reader = CheckpointReader(path.parent)
@@ -235,7 +237,8 @@ def _backbone_targets(folder: Path) -> Iterator[Target]:
     one = file_reader(folder / "one" / "model.safetensors", tensors)
     yield Target("safetensors weights", one, [save(weights)], mutate_safetensors, 0.01)
     old = file_reader(folder / "old" / "pytorch_model.bin", tensors)
-    yield Target(".bin weights", old, [pickled.getvalue()], mutate_bytes, 0.004)
+    samples = [file.getvalue() for file in pickled]
+    yield Target(".bin weights", old, samples, mutate_bytes, 0.008)
     many = folder / "many" / "model.safetensors.index.json"
     read_index = file_reader(many, lambda path: checkpoint_files(path.parent))
     (many.parent / "model-1.safetensors").write_bytes(save(weights))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from benchmarks.memory import PeakMemory
 from softprompt_dist.backbone.checkpoint_reader import CheckpointReader
 from softprompt_dist.backbone.formats import Int8Rows
 from softprompt_dist.errors import BackboneError
@@ -36,9 +38,9 @@ def halves(tensors: Tensors) -> list[Tensors]:
 
 
 def write(folder: Path, tensors: Tensors, layout: str) -> Path:
-    """In one file or two with an index, as safetensors or as PyTorch's."""
+    """In one file or two with an index, as safetensors or as PyTorch's, of before 1.6 or since."""
     folder.mkdir(exist_ok=True)
-    suffix, sharded = layout.split()
+    suffix, sharded, *old = layout.split()
     stem = "model" if suffix == "safetensors" else "pytorch_model"
     parts = halves(tensors) if sharded == "sharded" else [tensors]
     names = [f"{stem}-{i}.{suffix}" if len(parts) > 1 else f"{stem}.{suffix}" for i in range(2)]
@@ -46,7 +48,7 @@ def write(folder: Path, tensors: Tensors, layout: str) -> Path:
         if suffix == "safetensors":
             save_file(part, folder / name, metadata={"format": "pt"})
         else:
-            torch.save(part, folder / name)
+            torch.save(part, folder / name, _use_new_zipfile_serialization=not old)
     if len(parts) > 1:
         weight_map = {n: name for name, part in zip(names, parts, strict=True) for n in part}
         index = folder / f"{stem}.{suffix}.index.json"
@@ -54,7 +56,8 @@ def write(folder: Path, tensors: Tensors, layout: str) -> Path:
     return folder
 
 
-LAYOUTS = ["safetensors one", "safetensors sharded", "bin one", "bin sharded"]
+PICKLED = ["bin one", "bin sharded", "bin one old", "bin sharded old"]
+LAYOUTS = ["safetensors one", "safetensors sharded", *PICKLED]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -106,12 +109,47 @@ def test_int8_comes_back_as_bytes_to_the_bit_and_as_numbers(
         assert torch.equal(converted.rows("a.weight", first, last), expected)
 
 
-def test_more_bytes_than_are_mapped_at_a_time_are_read_right(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["safetensors sharded", "bin one", "bin one old"])
+def test_more_bytes_than_are_mapped_at_a_time_are_read_right(layout: str, tmp_path: Path) -> None:
     tensors = {f"{i}.weight": torch.full((6, 1 << 20), float(i)) for i in range(4)}
-    reader = CheckpointReader(write(tmp_path, tensors, "safetensors sharded"))
+    folder = write(tmp_path, tensors, layout)
+    with mock.patch.object(torch, "load", wraps=torch.load) as load:
+        reader = CheckpointReader(folder)
+        for _ in range(2):
+            for name, tensor in tensors.items():
+                assert torch.equal(reader.rows(name, 2, 6), tensor[2:6])
+    assert load.call_count == layout.startswith("bin"), "unpickled more than once"
+
+
+@pytest.mark.parametrize("layout", ["bin one", "bin one old"])
+def test_a_pickled_file_is_read_through_a_map(layout: str, tmp_path: Path) -> None:
+    """Of 160 MB no more than 112 MB are in memory at any time."""
+    write(tmp_path, {f"{i}.weight": torch.ones(64, 1 << 16) for i in range(10)}, layout)
+    with PeakMemory() as peak:
+        reader = CheckpointReader(tmp_path)
+        for name in reader.shapes:
+            for row in range(64):
+                assert reader.rows(name, row, row + 1).sum() == 1 << 16
+    assert peak.resident_bytes - peak.resident_before < 112 * 2**20
+
+
+@pytest.mark.parametrize("stored_as", ["safetensors", "bin"])
+def test_one_file_is_read_before_the_shards_that_an_index_names(
+    stored_as: str, stored: Tensors, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As transformers does, which leaves the index behind when it saves a model as one file."""
+    shards = write(tmp_path, {n: t * 0 for n, t in stored.items()}, f"{stored_as} sharded")
+    write(tmp_path, stored, f"{stored_as} one")
+    stem = "model" if stored_as == "safetensors" else "pytorch_model"
+    for number in (1, 2):
+        old = shards / f"{stem}-{number - 1}.{stored_as}"
+        old.rename(shards / f"{stem}-0000{number}-of-00002.{stored_as}")
     for _ in range(2):
-        for name, tensor in tensors.items():
-            assert torch.equal(reader.rows(name, 2, 6), tensor[2:6])
+        reader = CheckpointReader(tmp_path)
+        assert torch.equal(reader.tensor("a.weight"), stored["a.weight"])
+    [warning] = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert f"{stem}.{stored_as}, which is read" in warning
+    assert f"2 shards such as {stem}-00001-of-00002.{stored_as}" in warning
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": ["a"]}'])

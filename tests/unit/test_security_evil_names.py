@@ -11,7 +11,7 @@ import yaml
 from softprompt_dist import train
 from softprompt_dist.adapt_config import AdaptConfig
 from softprompt_dist.adapt_stages import load_stages
-from softprompt_dist.backbone.checkpoint_reader import checkpoint_files
+from softprompt_dist.backbone.weight_files import checkpoint_files
 from softprompt_dist.config import TuneConfig
 from softprompt_dist.data.lm.manifest import ShardRecord
 from softprompt_dist.durable import digest_of
