@@ -22,6 +22,7 @@ from softprompt_dist.lifecycle.vitals import Vitals
 from softprompt_dist.lifecycle.watchdog import doing, tick
 from softprompt_dist.parallel import ranks
 from softprompt_dist.planning.work import training_operations
+from softprompt_dist.run.checkpoint_folder import outcome_of_saving
 from softprompt_dist.run.directory import RunDirectory
 from softprompt_dist.run.journal import Journal
 
@@ -116,10 +117,10 @@ class AdaptationLoop:
         try:
             metrics = run.update(step_batches, vitals.arrive)
         except NonFiniteLossError as error:
-            self.saver.save_now(state_of(run))
+            saved = outcome_of_saving(run.step, lambda: self.saver.save_now(state_of(run)))
             raise NonFiniteLossError(
-                f"{error} The state after step {run.step} is saved. A resume goes on with the same "
-                "settings: with others, begin anew (--fresh, or another --run-dir)."
+                f"{error} {saved} A resume goes on with the same settings: with others, begin anew "
+                "(--fresh, or another --run-dir)."
             ) from error
         seconds = time.monotonic() - started
         run.seconds += seconds

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from softprompt_dist.durable import patiently, write_file
@@ -26,7 +27,6 @@ from softprompt_dist.run.checkpoint_folder import (
     set_aside,
 )
 from softprompt_dist.run.checkpoint_format import (
-    TENSORS,
     CheckpointContent,
     InvalidCheckpointError,
     encode_checkpoint,
@@ -66,11 +66,18 @@ class CheckpointStore:
         """Where they are."""
         return self._checkpoints.path
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        *,
+        may_differ: Collection[str] = (),
+    ) -> None:
         """Publish a checkpoint of `step`; all ranks, with equal `tensors` and JSON-able `state`.
 
         Every rank's torch generators are saved beside them. A step that is published already, with
-        the same tensors, is left as it is.
+        the same tensors but for those of `may_differ`, is left as it is.
 
         Raises:
             CheckpointError: on all ranks, when it cannot be written; earlier ones are intact.
@@ -78,7 +85,7 @@ class CheckpointStore:
         # Here and not only on rank 0: a value JSON does not know must stop every rank.
         json.dumps(dict(state))
         random_states = ranks.gather_objects(random_state())
-        ranks.on_main(lambda: self._save(step, tensors, state, random_states))
+        ranks.on_main(lambda: self._save(step, tensors, state, random_states, may_differ))
 
     def load_newest(self) -> Checkpoint | None:
         """The valid checkpoint of the highest step, or None where none was ever saved; all ranks.
@@ -111,30 +118,36 @@ class CheckpointStore:
         tensors: Mapping[str, Tensor],
         state: Mapping[str, Any],
         random_states: list[dict[str, Tensor]],
+        may_differ: Collection[str],
     ) -> None:
         final = self._checkpoints.of_step(step)
         files = encode_checkpoint(step, tensors, state, random_states)
+        decisive = {name: tensors[name] for name in tensors.keys() - may_differ}
         try:
-            patiently(lambda: self._publish(final, files))
+            patiently(lambda: self._publish(final, files, decisive))
         except OSError as error:
             raise not_written(final, error, sum(map(len, files.values()))) from error
         self._checkpoints.remove_older(step)
 
-    def _is_published(self, final: Path, tensor_bytes: bytes) -> bool:
+    def _is_published(self, final: Path, decisive: Mapping[str, Tensor]) -> bool:
         if not final.exists():
             return False
         try:
-            read_checkpoint(final)
+            published = read_checkpoint(final).tensors
         except InvalidCheckpointError as reason:
             set_aside(final, str(reason))
             return False
-        if (final / TENSORS).read_bytes() != tensor_bytes:
+        if not all(
+            n in published and torch.equal(published[n], t.cpu()) for n, t in decisive.items()
+        ):
             raise other_tensors(final)
         log.info("%s is published already.", final)
         return True
 
-    def _publish(self, final: Path, files: Mapping[str, bytes]) -> None:
-        if self._is_published(final, files[TENSORS]):
+    def _publish(
+        self, final: Path, files: Mapping[str, bytes], decisive: Mapping[str, Tensor]
+    ) -> None:
+        if self._is_published(final, decisive):
             self._checkpoints.witness(final)
             return
         temporary = self._checkpoints.begin()

@@ -175,6 +175,15 @@ def set_aside(path: Path, reason: str) -> Path:
     return _rename_aside(path, _CORRUPT, reason)
 
 
+def outcome_of_saving(step: int, save: Callable[[], object]) -> str:
+    """All ranks: save what there is for a message of another failure, which it must not hide."""
+    try:
+        save()
+    except CheckpointError as failure:
+        return f"The state after step {step} could not be saved: {failure}"
+    return f"The state after step {step} is saved."
+
+
 def other_tensors(final: Path) -> CheckpointError:
     """What to say when a step is saved a second time, with other tensors."""
     return CheckpointError(

@@ -17,6 +17,7 @@ from softprompt_dist.metrics.scores import Scores
 from softprompt_dist.parallel import ranks
 from softprompt_dist.prompt.file import PromptMetadata, joined, save_prompt
 from softprompt_dist.run.checkpoint import CheckpointStore
+from softprompt_dist.run.checkpoint_folder import outcome_of_saving
 from softprompt_dist.run.directory import RunDirectory
 from softprompt_dist.run.journal import Journal
 from softprompt_dist.run.loaded_task import LoadedTask
@@ -148,10 +149,8 @@ def _update(
             run.backbone, run.prompt, batches, run.config.z_loss, arrive=vitals.arrive
         )
     except NonFiniteLossError as error:
-        save(run, state, store)
-        raise NonFiniteLossError(
-            f"Step {state.step + 1}: {error} The state after step {state.step} is saved."
-        ) from error
+        saved = outcome_of_saving(state.step, lambda: save(run, state, store))
+        raise NonFiniteLossError(f"Step {state.step + 1}: {error} {saved}") from error
     run.optimizer.step()
     state.step += 1
     state.examples_consumed += run.config.batch.global_batch_size

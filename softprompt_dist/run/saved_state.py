@@ -20,6 +20,7 @@ from softprompt_dist.run.optimizer import optimizer_from_tensors, optimizer_to_t
 from softprompt_dist.run.tuning import TuningRun
 
 _OPTIMIZER_PREFIX = "optimizer."
+_BEST_PROMPT = "best_prompt"
 _FREE_TO_CHANGE: dict[str, Any] = {
     "name": ...,
     "run_directory": ...,
@@ -86,7 +87,7 @@ def _save(run: TuningRun, state: TuningState, store: CheckpointStore) -> None:
     digest = assert_equal_on_all_ranks(run.prompt.weight, "The prompt")
     tensors = {
         "prompt": run.prompt.weight.detach().cpu(),
-        "best_prompt": state.best_prompt_PD.cpu(),
+        _BEST_PROMPT: state.best_prompt_PD.cpu(),
         **{
             _OPTIMIZER_PREFIX + name: tensor.cpu()
             for name, tensor in optimizer_to_tensors(run.optimizer).items()
@@ -105,7 +106,8 @@ def _save(run: TuningRun, state: TuningState, store: CheckpointStore) -> None:
         "data_digests": _digests(run),
         "recipe": _binding_recipe(run.config),
     }
-    store.save(state.step, tensors, values)
+    # A validation that an earlier attempt was stopped in has been made up for since.
+    store.save(state.step, tensors, values, may_differ={_BEST_PROMPT})
 
 
 def restore(run: TuningRun, checkpoint: Checkpoint | None) -> TuningState:
@@ -136,7 +138,7 @@ def restore(run: TuningRun, checkpoint: Checkpoint | None) -> TuningState:
     if checkpoint.step == 0:  # of a run whose first loss was not finite: all is to be done again
         return TuningState(best_prompt_PD=run.prompt.weight.detach().clone())
     return TuningState(
-        best_prompt_PD=tensors["best_prompt"].to(run.prompt.weight.device),
+        best_prompt_PD=tensors[_BEST_PROMPT].to(run.prompt.weight.device),
         best_score=values["best_score"],
         **{name: values[name] for name in _COUNTERS},
     )
@@ -177,7 +179,7 @@ def _check_forms(run: TuningRun, checkpoint: Checkpoint) -> None:
     """What can be wrong though every checksum is right: somebody else made the checkpoint."""
     wrong = [
         name
-        for name in ("prompt", "best_prompt")
+        for name in ("prompt", _BEST_PROMPT)
         if (found := checkpoint.tensors.get(name)) is None
         or (found.shape, found.dtype) != (run.prompt.weight.shape, torch.float32)
     ]

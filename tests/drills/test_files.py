@@ -9,7 +9,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,16 +22,18 @@ import pytest
 
 from softprompt_dist import durable
 from softprompt_dist.config import TuneConfig
-from softprompt_dist.errors import CheckpointError
+from softprompt_dist.errors import CheckpointError, NonFiniteLossError, StoppedError
 from softprompt_dist.lifecycle import attempt as attempt_module
 from softprompt_dist.lifecycle import ownership
+from softprompt_dist.parallel import stop
 from softprompt_dist.recipe import load_recipe
 from softprompt_dist.run import checkpoint as checkpoint_module
 from softprompt_dist.run import checkpoint_format, loop
+from softprompt_dist.run.saved_state import TuningState
 from softprompt_dist.run.session import train
 from softprompt_dist.run.tuning import TuningRun
 from tests import runs
-from tests.damage import flip_bit, truncate
+from tests.damage import disk_full, flip_bit, truncate
 
 Tune = Callable[..., Path]
 LAST = 12
@@ -265,6 +269,43 @@ def test_a_checkpoint_that_cannot_be_read_for_a_moment_is_not_damaged(
     tune("run")
     assert not list((run_dir / "checkpoints").glob("corrupt-*"))
     assert_same_end(run_dir, undisturbed[0])
+
+
+@pytest.mark.drill("D14")
+@pytest.mark.parametrize(
+    ("disk", "said"), [("sound", "is saved"), ("full", "could not be saved: .*No space left")]
+)
+def test_a_nan_after_a_validation_that_was_made_up_for_is_the_reason(
+    tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk: str, said: str
+) -> None:
+    validate = loop.validate
+
+    def stopped(run: TuningRun, state: TuningState, records: loop.Records) -> None:
+        if state.step == 0:
+            validate(run, state, records)
+            return
+        os.kill(os.getpid(), signal.SIGUSR2)
+        raise StoppedError("in the middle of a validation")
+
+    def not_finite(*_: object, **__: object) -> None:
+        raise NonFiniteLossError("the loss is nan.")
+
+    stop.listen()
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "validate", stopped)
+        with pytest.raises(StoppedError, match="after step 6, which is saved"):
+            tune("run")
+    stop.forget()
+    saved = newest(tmp_path / "run") / "state.safetensors"
+    before = saved.read_bytes()
+    if disk == "full":
+        monkeypatch.setattr(checkpoint_module, "patiently", disk_full)
+    monkeypatch.setattr(loop, "accumulate_gradient", not_finite)
+    reason = f"Step 7: the loss is nan. The state after step 6 {said}"
+    with pytest.raises(NonFiniteLossError, match=reason):
+        tune("run")
+    assert re.match(f"fatal: {reason}", (tmp_path / "run" / "why").read_text())
+    assert saved.read_bytes() == before
 
 
 @pytest.mark.drill("D16")

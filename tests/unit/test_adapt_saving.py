@@ -9,7 +9,7 @@ import pytest
 from softprompt_dist.adaptation import checkpoint, session, sharded_files
 from softprompt_dist.adaptation import run as adaptation_run
 from softprompt_dist.adaptation.checkpoint import AdaptationCheckpointStore
-from softprompt_dist.errors import CheckpointError, NonFiniteLossError
+from softprompt_dist.errors import CheckpointError, NonFiniteLossError, SupersededError
 from softprompt_dist.lifecycle import attempt
 from softprompt_dist.lifecycle.ownership import ATTEMPT
 from tests import adaptations
@@ -169,7 +169,7 @@ def test_an_attempt_that_was_superseded_publishes_nothing(
         slow_disk.set()
 
     when_step(2, take_over)
-    with pytest.raises(attempt.SupersededError, match="was taken over"):
+    with pytest.raises(SupersededError, match="was taken over"):
         session.adapt(config)
     assert saved(config) == []
     assert not (Path(config.run_directory) / "step").exists()
@@ -190,6 +190,20 @@ def test_a_loss_that_is_not_finite_waits_for_the_writer(make_config, slow_disk, 
     with pytest.raises(NonFiniteLossError, match="The state after step 2 is saved"):
         session.adapt(config)
     assert saved(config) == STEPS[:1]
+
+
+def test_a_full_disk_does_not_hide_a_loss_that_is_not_finite(make_config, slow_disk, monkeypatch):
+    def infinite(run, *arguments):
+        slow_disk.set()
+        monkeypatch.setattr(sharded_files, "_write_files", disk_full)
+        raise NonFiniteLossError("Step 1: the loss is nan.")
+
+    monkeypatch.setattr(adaptation_run.AdaptationRun, "update", infinite)
+    config = make_config()
+    said = "the loss is nan. The state after step 0 could not be saved: .*No space left"
+    with pytest.raises(NonFiniteLossError, match=said):
+        session.adapt(config)
+    assert "nan" in (Path(config.run_directory) / "why").read_text()
 
 
 def test_the_export_waits_for_the_checkpoint_of_its_step(make_config, monkeypatch):
