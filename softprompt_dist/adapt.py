@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         refuse_if_in_use(folder)  # a run that goes on removes what is read here
     else:
         begin_in(folder)
-    join_world(debug=options.debug)
+    join_world(debug=options.debug, limit_seconds=stages[0].health.slow_timeout_seconds)
     # Numbers too small to matter slow a CPU down tenfold.
     torch.set_flush_denormal(True)
     if options.export:

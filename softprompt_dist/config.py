@@ -30,7 +30,8 @@ class BackboneConfig(Section):
     revision: str | None = None
     """Revision of a hub name; refused of a folder."""
     sharding: Literal["replicated", "zero3"] = "zero3"
-    """zero3: each rank holds a part. `--deepspeed_config` decides this where it is given."""
+    """zero3: each rank holds a part; a single one holds it whole, unless it off-loads.
+    `--deepspeed_config` decides this where it is given."""
     shard_group: Literal["world", "node"] = "world"
     """zero3 over all ranks, or within each node: then no weight crosses the network."""
     dtype: Literal["fp32", "bf16"] = "fp32"
@@ -53,6 +54,12 @@ class BackboneConfig(Section):
     """Dropout inside the frozen model while tuning; the paper's code has 0.1 in effect."""
     max_input_tokens: Positive = 512
     """Longer inputs are cut, counted and reported."""
+
+    def held_by(self, num_ranks: int) -> BackboneConfig:
+        """As so many ranks hold it: one alone has nobody to share with, and so holds it whole."""
+        if num_ranks > 1 or self.sharding == "replicated" or self.offload != "none":
+            return self
+        return self.model_copy(update={"sharding": "replicated", "shard_group": "world"})
 
     @model_validator(mode="after")
     def _check_cell(self) -> BackboneConfig:

@@ -87,6 +87,7 @@ def machine_findings(job: Job, world: World) -> list[Finding]:
     from softprompt_dist.checks import builds, machine
 
     on_gpu = machine.on_gpu()
+    compiles = not on_gpu and job.needs_deepspeed(world.size)
     return [
         *check_bitsandbytes(needed_for=job.needs_bitsandbytes_for),
         *machine.check_accelerator(),
@@ -94,9 +95,9 @@ def machine_findings(job: Job, world: World) -> list[Finding]:
         *machine.check_cores_and_memory(),
         *machine.check_shared_memory(world.local_size, on_gpu=on_gpu),
         *machine.check_shared_memory_leftovers(),
-        *builds.check_build_tools(on_gpu=on_gpu),
+        *builds.check_build_tools(needed=compiles),
         *builds.check_build_locks(),
-        *builds.check_shm_comm(on_gpu=on_gpu),
+        *builds.check_shm_comm(needed=compiles),
         *builds.check_async_io(needed=job.offload_folder is not None, on_gpu=on_gpu),
     ]
 

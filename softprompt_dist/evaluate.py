@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from softprompt_dist.parallel.join import join_world, leave_world
 
-    join_world(debug=options.debug)
+    join_world(debug=options.debug, limit_seconds=config.health.slow_timeout_seconds)
     from softprompt_dist.lifecycle.attempt import told_to_batch_script
     from softprompt_dist.run.evaluation import ScoringRequest, evaluate
 

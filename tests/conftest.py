@@ -24,6 +24,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Tests run on the CPU, also where there is a GPU, unless they are marked `gpu`."""
     wants_gpu = item.get_closest_marker("gpu") is not None
     torch.cuda.is_available = _has_gpu if wants_gpu else lambda: False
+    os.environ["DS_ACCELERATOR"] = "cuda" if wants_gpu else "cpu"
 
 
 @pytest.fixture(scope="session", autouse=True)

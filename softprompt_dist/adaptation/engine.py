@@ -28,6 +28,7 @@ from softprompt_dist.data.lm.rows import RowBatch
 from softprompt_dist.errors import NonFiniteLossError
 from softprompt_dist.lifecycle.watchdog import tick
 from softprompt_dist.parallel import ranks
+from softprompt_dist.parallel.deepspeed_start import start_deepspeed
 from softprompt_dist.parallel.host_memory import keep_freed_memory
 
 
@@ -60,6 +61,7 @@ class AdaptationEngine:
     def __init__(
         self, config: AdaptConfig, hf_config: PretrainedConfig, ds_config: dict[str, Any] | None
     ) -> None:
+        start_deepspeed()
         import deepspeed
 
         if ranks.device().type == "cpu":

@@ -215,5 +215,5 @@ def _headline(run: AdaptationRun, peak: Peak) -> str:
         f"{config.name}: {begins}, {config.steps} steps of {config.batch.global_batch_size} "
         f"rows, {config.objective}, {run.engine.num_weights:,} weights, ZeRO stage "
         f"{config.engine.zero_stage}, {run.data.num_examples:,} examples an epoch, "
-        f"{ranks.world_size()} rank(s). {peak.source}"
+        f"{ranks.world_size()} rank(s) on {ranks.device_name()}. {peak.source}"
     )

@@ -22,6 +22,7 @@ from softprompt_dist.config import BackboneConfig
 from softprompt_dist.data.batching import Family
 from softprompt_dist.errors import BackboneError, SoftpromptError
 from softprompt_dist.parallel import ranks
+from softprompt_dist.parallel.deepspeed_start import start_deepspeed
 from softprompt_dist.parallel.groups import shard_group
 
 log = logging.getLogger(__name__)
@@ -92,6 +93,8 @@ def load_backbone(config: BackboneConfig, ds_config: dict[str, Any] | None = Non
         MachineError: `shard_group: node` on nodes that cannot be told apart, or `offload: nvme`
             where nothing can be written.
     """
+    if config.sharding == "zero3":
+        start_deepspeed()
     ranks.together(lambda: assert_offload_possible(config))
     folder = locate_backbone(config)
     inventory = ranks.together(lambda: inventory_of(folder, config))

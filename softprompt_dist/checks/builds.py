@@ -21,14 +21,14 @@ _ASYNC_IO_PROBE = (
 )
 
 
-def check_build_tools(*, on_gpu: bool) -> list[Finding]:
-    """The compiler and ninja; a run fails without them on the CPU only."""
+def check_build_tools(*, needed: bool) -> list[Finding]:
+    """The compiler and ninja; without them weights cannot be sharded or trained on the CPU."""
     prefer_own_ninja()
     missing = missing_build_tools()
     if not missing:
         return [Finding("build tools", "ok", "C++ compiler and ninja")]
     remedy = "Install them (Debian, Ubuntu: apt-get install g++ ninja-build)."
-    status: Status = "warn" if on_gpu else "fail"
+    status: Status = "fail" if needed else "warn"
     return [Finding("build tools", status, f"no {', no '.join(missing)}", remedy)]
 
 
@@ -45,9 +45,9 @@ def check_build_locks() -> list[Finding]:
     return findings or [Finding("build locks", "ok", f"none in {folder}")]
 
 
-def check_shm_comm(*, on_gpu: bool) -> list[Finding]:
+def check_shm_comm(*, needed: bool) -> list[Finding]:
     """The extension through which DeepSpeed joins a world on the CPU: built, or still to be."""
-    if on_gpu:
+    if not needed:
         return []
     built = any((choose_extensions_folder() / EXTENSION).glob(f"{EXTENSION}*.so"))
     found = "built" if built else "not built yet: the first start compiles it, about a minute"

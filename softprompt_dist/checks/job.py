@@ -27,7 +27,7 @@ class Job:
     stages: tuple[AdaptConfig, ...] = ()
     """Of an adaptation, in place of `config`; the ds_config has had its say."""
     ds_config: dict[str, Any] | None = None
-    """Of an adaptation, as it was read."""
+    """As it was read."""
 
     @property
     def backbone(self) -> BackboneConfig | None:
@@ -47,6 +47,12 @@ class Job:
         quantization = self.backbone.quantization if self.backbone else "none"
         used = quantization in _OF_BITSANDBYTES
         return f"backbone.quantization={quantization}" if used else None
+
+    def needs_deepspeed(self, num_ranks: int) -> bool:
+        """Whether so many ranks shard, off-load or train weights."""
+        if self.backbone is None:
+            return bool(self.stages)
+        return bool(self.ds_config) or self.backbone.held_by(num_ranks).sharding == "zero3"
 
     @property
     def offload_folder(self) -> Path | None:
@@ -73,8 +79,9 @@ def read_job(options: argparse.Namespace) -> Job:
         return _adaptation(options)
     if options.stage:
         raise ConfigError(f"--stage {options.stage}: {options.recipe} has no stages. Leave it out.")
-    config = _tune_config(options)
-    return Job(Path(options.run_dir or config.run_directory or f"runs/{config.name}"), config)
+    config, ds_config = _tune_config(options)
+    folder = Path(options.run_dir or config.run_directory or f"runs/{config.name}")
+    return Job(folder, config, ds_config=ds_config)
 
 
 def check_recipe(options: argparse.Namespace) -> tuple[Job, list[Finding]]:
@@ -141,7 +148,7 @@ def _adaptation(options: argparse.Namespace) -> Job:
     return Job(folder, stages=tuple(stages), ds_config=ds_config)
 
 
-def _tune_config(options: argparse.Namespace) -> TuneConfig:
+def _tune_config(options: argparse.Namespace) -> tuple[TuneConfig, dict[str, Any] | None]:
     from softprompt_dist.run.options import tune_config
 
-    return tune_config(options)[0]
+    return tune_config(options)

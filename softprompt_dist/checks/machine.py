@@ -34,6 +34,9 @@ def on_gpu() -> bool:
 
 def check_accelerator() -> list[Finding]:
     """The devices, and the CUDA and NCCL that torch brings."""
+    problem = ranks.unusable_gpus()
+    if problem:
+        return [Finding("accelerator", "fail", "GPUs that cannot be used", problem)]
     if not on_gpu():
         if Path("/proc/driver/nvidia/version").exists() and not torch.version.cuda:
             remedy = "This torch was built without CUDA. Install a build for this driver."

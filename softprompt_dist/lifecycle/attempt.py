@@ -63,7 +63,8 @@ class Attempt:
         job = ranks.on_main(self._begin)
         self._ownership = Ownership(folder, job)
         silent_where(self._ownership.is_lost)
-        known = {"token": job.token, "host": job.host, "pid": job.pid, "job": job.job, **facts}
+        known = {"token": job.token, "host": job.host, "pid": job.pid, "job": job.job}
+        known |= {"device": ranks.device_name(), **facts}
         every = health.heartbeat_seconds
         self._heartbeat = Heartbeat(folder, every, known, self._ownership.is_held)
         self._watchdog = Watchdog(folder / "stacks")

@@ -114,6 +114,7 @@ class RunStatus:
             "job": (self.owner.job if self.owner else beat.get("job")) or None,
             "host": self.owner.host if self.owner else beat.get("host"),
             "pid": self.owner.pid if self.owner else beat.get("pid"),
+            "device": beat.get("device"),
             "stages": [stage.to_json() for stage in self.stages],
         }
 

@@ -1,69 +1,105 @@
 """Joining the world of ranks, whoever started them: `deepspeed`, srun, torchrun, or nobody.
 
-DeepSpeed is imported here for the first time and not before: the variables it reads at import are
-set just above. A user who set any of them keeps them.
+A world needs no DeepSpeed, only `torch.distributed`; see `deepspeed_start` for what does.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
 import os
 import re
-import socket
 import warnings
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
-from softprompt_dist.errors import MachineError, SoftpromptError
+from softprompt_dist.errors import MachineError
 from softprompt_dist.parallel import ranks, stop
-from softprompt_dist.parallel.extensions import check_extension_can_be_had, choose_extensions_folder
+from softprompt_dist.parallel.meeting import Newcomer, agree, job_nonce
 
-log = logging.getLogger(__name__)
-
+DEEPSPEED_LOGGER = "DeepSpeed"
 _LONGEST_WAIT = timedelta(hours=2)
 """For a rank that waits while rank 0 fetches a checkpoint or tokenises a corpus."""
 _ON_LEAVING: list[Callable[[], None]] = []
+_MEETING = "Check that all ranks were started, and that MASTER_ADDR can be reached from every node."
+_LIMIT = "health.slow_timeout_seconds"
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def join_world(*, debug: bool = False) -> None:
+def join_world(*, debug: bool = False, limit_seconds: float | None = None) -> None:
     """All ranks: become one of them. A process that nobody launched joins a world of one.
 
+    Args:
+        debug: let libraries say what no user can act on.
+        limit_seconds: after which a rank that still waits for the others ends its process; None:
+            two hours.
+
     Raises:
-        MachineError: the launcher's variables are incomplete or wrong, the build lock is stale, a
-            build tool is missing, the port is taken, or two jobs met on one port.
+        MachineError: the launcher's variables are incomplete or wrong; on all ranks, if one of them
+            has no GPU of its own, or another kind of device; the port is taken, or two jobs met on
+            one port.
     """
     if dist.is_initialized():
         return
     fill_rank_variables(os.environ)
     check_rank_variables(os.environ)
-    on_gpu = ranks.device().type == "cuda"
-    is_compiling = False
     set_threads(os.environ)
-    folder = choose_extensions_folder()
-    if on_gpu:
-        check_gpus(torch.cuda.device_count(), os.environ)
-        torch.cuda.set_device(ranks.device())
-        # Where Slurm shows each task one GPU only, DeepSpeed must not look for the others.
-        os.environ["LOCAL_RANK"] = str(ranks.device().index)
-    else:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        several_nodes = local_world_size(os.environ) < ranks.world_size()
-        built = check_extension_can_be_had(folder, several_nodes=several_nodes)
-        if not built and ranks.is_main():
-            log.warning("Compiling DeepSpeed's CPU communication, once: about a minute.")
-        is_compiling = not built
     if not debug:
         _hush_libraries()
-    with stop.ends_while_waiting(unless=is_compiling):
-        _init_deepspeed("nccl" if on_gpu else "gloo", debug=debug)
-    check_one_job(job_nonce(os.environ))
+    limit = _LONGEST_WAIT.total_seconds() if limit_seconds is None else limit_seconds
+    late = f"Rank {ranks.rank()} has waited {limit:g} s for the others at {_place()}. {_MEETING}"
+    with stop.ends_while_waiting(limit, f"{late} If they are slow, raise {_LIMIT}."):
+        _meet()
     stop.end_here_if_asked("the ranks met")
+
+
+def choose_backend() -> str:
+    """`nccl` or `gloo`; this process computes on its GPU or on the CPU from now on.
+
+    Raises:
+        MachineError: there is no GPU for this rank, and nobody asked for the CPU.
+    """
+    problem = ranks.unusable_gpus()
+    if problem:
+        raise MachineError(problem)
+    if ranks.device().type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        return "gloo"
+    check_gpus(torch.cuda.device_count(), os.environ)
+    torch.cuda.set_device(ranks.device())
+    # Where Slurm shows each task one GPU only, DeepSpeed must not look for the others.
+    os.environ["LOCAL_RANK"] = str(ranks.device().index)
+    return "nccl"
+
+
+def _meet() -> None:
+    """All ranks: the process group, once they have agreed that they can have one."""
+    backend, problem = "", ""
+    try:
+        backend = choose_backend()
+    except MachineError as error:
+        if ranks.world_size() == 1:
+            raise
+        problem = str(error)
+    try:
+        store, rank, world_size = next(rendezvous("env://", timeout=_LONGEST_WAIT))
+        if world_size > 1:
+            mine = Newcomer(rank, backend, job_nonce(os.environ), problem)
+            agree(store, mine, world_size)
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=_LONGEST_WAIT,
+            # So that NCCL connects now; one rank has nobody to connect to.
+            device_id=ranks.device() if backend == "nccl" and world_size > 1 else None,
+        )
+    except (RuntimeError, OSError) as error:
+        raise MachineError(_explain(error)) from error
 
 
 def leave_world() -> None:
@@ -71,17 +107,9 @@ def leave_world() -> None:
     if dist.is_initialized():
         dist.barrier()  # a rank that leaves early takes the rendezvous store with it
         dist.destroy_process_group()
-        _forget_groups()
     while _ON_LEAVING:
         _ON_LEAVING.pop()()
     stop.forget()
-
-
-def _forget_groups() -> None:
-    from deepspeed.utils import groups
-
-    # DeepSpeed would give the engines of a later world the group of all ranks of this one.
-    groups._WORLD_GROUP = None  # noqa: SLF001 - it has no function for that
 
 
 def on_leaving(clean_up: Callable[[], None]) -> None:
@@ -186,83 +214,24 @@ def set_threads(environ: Mapping[str, str]) -> None:
     torch.set_num_threads(int(environ.get("SLURM_CPUS_PER_TASK") or share))
 
 
-def job_nonce(environ: Mapping[str, str]) -> str:
-    """A string that all ranks of one job share and no other job has; empty where nothing tells."""
-    if environ.get("SOFTPROMPT_RUN_ID"):
-        return environ["SOFTPROMPT_RUN_ID"]
-    if environ.get("SLURM_JOB_ID"):
-        names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
-        return "slurm " + ".".join(environ.get(name, "0") for name in names)
-    launched = environ.get("LOCAL_SIZE") or environ.get("LOCAL_WORLD_SIZE")
-    if launched and launched == environ.get("WORLD_SIZE"):
-        return f"launcher {os.getppid()} on {socket.gethostname()}"
-    return ""
-
-
-def check_one_job(nonce: str) -> None:
-    """All ranks: refuse a world whose ranks were started by different jobs.
-
-    Raises:
-        MachineError: on every rank.
-    """
-    jobs = list(dict.fromkeys(ranks.gather_objects(nonce)))
-    if len(jobs) > 1:
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        error = MachineError(
-            f"Ranks of different jobs met at {place} ({'; '.join(jobs)}), and would train on each "
-            "other's gradients. Give each job a port of its own (deepspeed --master_port N)."
-        )
-        error.on_all_ranks = True
-        raise error
-
-
-def _init_deepspeed(backend: str, *, debug: bool) -> None:
-    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    try:
-        with _quiet(debug):
-            import deepspeed
-
-            logging.getLogger("DeepSpeed").setLevel(logging.INFO if debug else logging.WARNING)
-            deepspeed.init_distributed(
-                backend, timeout=_LONGEST_WAIT, auto_mpi_discovery=False, verbose=debug
-            )
-    except SoftpromptError:
-        raise
-    except (RuntimeError, ImportError, OSError) as error:
-        raise MachineError(_explain(error, place)) from error
-
-
 def _hush_libraries() -> None:
     """Keep off the screen what no user of ours can act on: each rank would say it."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")
     # transformers takes T5 v1.1's own head for a mistake; `assert_all_arrived` judges that.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger(DEEPSPEED_LOGGER).setLevel(logging.WARNING)
 
 
-@contextlib.contextmanager
-def _quiet(debug: bool) -> Iterator[None]:
-    """Drop what DeepSpeed prints on every rank; its warnings go to its logger all the same."""
-    # Not `redirect_stdout(None)` to leave it alone: torch flushes it when it builds an extension.
-    with contextlib.nullcontext() if debug else contextlib.redirect_stdout(io.StringIO()):
-        yield
+def _place() -> str:
+    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
 
 
-def _explain(error: Exception, place: str) -> str:
+def _explain(error: Exception) -> str:
     first_line, *_ = str(error).splitlines() or [type(error).__name__]
     if "EADDRINUSE" in str(error) or "address already in use" in str(error):
         return (
-            f"Port {place} is in use, probably by another job. "
+            f"Port {_place()} is in use, probably by another job. "
             "Choose another (deepspeed --master_port N, or MASTER_PORT)."
         )
-    if "extension" in str(error) or isinstance(error, ImportError):
-        folder = os.environ["TORCH_EXTENSIONS_DIR"]
-        return (
-            f"DeepSpeed could not build or load its CPU extension in {folder}: {first_line} "
-            "Check that the C++ compiler works and that the folder can be written to, delete the "
-            "folder, and start again (--debug shows the compiler's words)."
-        )
-    return (
-        f"The ranks could not meet at {place}: {first_line} Check that all of them were started, "
-        "and that MASTER_ADDR can be reached from every node."
-    )
+    return f"The ranks could not meet at {_place()}: {first_line} {_MEETING}"

@@ -66,6 +66,31 @@ def device() -> torch.device:
     return torch.device("cuda", local_rank() if local_rank() < torch.cuda.device_count() else 0)
 
 
+def unusable_gpus() -> str:
+    """Why this process cannot compute on the GPUs it should; empty if it can, or should not.
+
+    PyTorch's build says what was meant: a driver that is broken must not move a run to the CPU.
+    """
+    wanted = os.environ.get("DS_ACCELERATOR") or ("cuda" if torch.backends.cuda.is_built() else "")
+    if wanted in ("", "cpu") or device().type == "cuda":
+        return ""
+    try:
+        torch.cuda.init()
+        reason = "It sees none."
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".") + "."
+    return (
+        f"PyTorch {torch.__version__} is to use GPUs, but can use none here: {reason} Check the "
+        "driver (nvidia-smi) and CUDA_VISIBLE_DEVICES, or set DS_ACCELERATOR=cpu to compute on the "
+        "CPU."
+    )
+
+
+def device_name() -> str:
+    """What this rank computes on, such as `NVIDIA H100 80GB HBM3`, or `cpu`."""
+    return torch.cuda.get_device_name(device()) if device().type == "cuda" else "cpu"
+
+
 def new_cpu_group() -> dist.ProcessGroup | None:
     """All ranks: a further group of all of them, for tensors on the CPU; None in a world of one."""
     if world_size() == 1:

@@ -8,6 +8,7 @@ interrupts may be a save or a collective. The ranks then agree at a boundary tha
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import threading
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from softprompt_dist.errors import StoppedError
+from softprompt_dist.errors import HangError, StoppedError
 from softprompt_dist.outcome_files import record_failure
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -78,20 +79,21 @@ def ignore_in_child() -> None:
 
 
 @contextmanager
-def ends_while_waiting(*, unless: bool = False) -> Iterator[None]:
-    """A wait that other ranks alone can end, such as the first meeting: a signal ends the process.
+def ends_while_waiting(limit_seconds: float, late: str) -> Iterator[None]:
+    """A wait that other ranks alone can end, such as the first meeting.
 
-    There is nothing to save yet, and no boundary that would be reached. `unless` something goes on
-    that must not be torn: then the signal is heard afterwards.
+    There is nothing to save yet, and no boundary that would be reached: a signal ends the process,
+    and so do `limit_seconds` without an end, with the message `late`.
     """
-    if unless or threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
     # The wait is C++'s, during which no handler of Python runs: C's writes the number down at once.
     heard, hear = os.pipe()
     os.set_blocking(hear, False)
     earlier = signal.set_wakeup_fd(hear, warn_on_full_buffer=False)
-    waiting = threading.Thread(target=_end_at_signal, args=(heard,), daemon=True)
+    hang = HangError(late)
+    waiting = threading.Thread(target=_end_wait, args=(heard, limit_seconds, hang), daemon=True)
     waiting.start()
     try:
         if wanted():
@@ -105,14 +107,20 @@ def ends_while_waiting(*, unless: bool = False) -> Iterator[None]:
         os.close(heard)
 
 
-def _end_at_signal(heard: int) -> None:
-    while number := os.read(heard, 1)[0]:
+def _end_wait(heard: int, limit_seconds: float, hang: HangError) -> None:
+    # Not `sys.stdout`: what libraries print while they wait is kept from people.
+    while select.select([heard], [], [], limit_seconds)[0]:
+        number = os.read(heard, 1)[0]
+        if not number:
+            return
         if number in SIGNALS:
             failure = StoppedError(f"{name_of(number)} before the ranks met.")
             record_failure(failure)
-            # Not `sys.stdout`: what libraries print while they wait is kept from people.
             print(f"Stopped: {failure}", file=sys.__stdout__, flush=True)
             os._exit(failure.exit_code)
+    record_failure(hang)
+    print(f"error: {hang}", file=sys.__stderr__, flush=True)
+    os._exit(hang.exit_code)
 
 
 def _remember(number: int, frame: FrameType | None) -> None:

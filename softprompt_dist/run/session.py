@@ -132,6 +132,7 @@ def _headline(run: TuningRun, step: int) -> str:
         "sharding": config.backbone.sharding,
         "dtype": config.backbone.dtype,
         "ranks": ranks.world_size(),
+        "device": ranks.device_name(),
         "prompt": f"{config.prompt.prompt_length} x {run.backbone.d_model}",
         "examples": {
             task.name: {name: len(split.texts) for name, split in task.splits.items()}

@@ -156,6 +156,9 @@ def build_bench(
     Raises:
         SoftpromptError: anything in the recipe, data, backbone or machine that cannot work.
     """
+    if ds_config is None:
+        held = config.backbone.held_by(ranks.world_size())
+        config = config.model_copy(update={"backbone": held})
     texts = _read_texts(config, splits, for_tuning=for_tuning)
     if for_tuning:
         ranks.together(lambda: assert_room(config, texts.folder, texts.tasks))

@@ -140,7 +140,7 @@ class RunningRanks:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(self.port),
             "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
+            "DS_ACCELERATOR": "cpu",
             "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *map(str, python_path), *inherited]),
         }
 

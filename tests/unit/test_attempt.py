@@ -49,6 +49,7 @@ def test_an_attempt_that_comes_to_its_end(tmp_path: Path) -> None:
         assert (
             beat(tmp_path)["token"] == json.loads((tmp_path / "attempt.json").read_text())["token"]
         )
+        assert beat(tmp_path)["device"] == "cpu"
         attempt.note(step=7, loss=0.5)
         assert attempt.stop_wanted() == ""
         attempt.saved(7)

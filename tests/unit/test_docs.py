@@ -87,7 +87,7 @@ def test_a_command_of_the_readme_is_one_that_exists(command):
     if "sbatch" in command:
         check_sbatch(command)
         return
-    if command[0] == "deepspeed":
+    if "deepspeed" in command:
         module = command[command.index("-m") + 1]
         verb, arguments = module.rpartition(".")[2], command[command.index(module) + 1 :]
     else:

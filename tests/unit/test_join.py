@@ -1,13 +1,20 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import HashStore
 
+from softprompt_dist.checks.machine import check_accelerator
 from softprompt_dist.errors import MachineError
 from softprompt_dist.parallel import extensions, ranks
 from softprompt_dist.parallel.extensions import (
@@ -20,12 +27,14 @@ from softprompt_dist.parallel.extensions import (
 from softprompt_dist.parallel.join import (
     check_gpus,
     check_rank_variables,
+    choose_backend,
     fill_rank_variables,
     first_host,
-    job_nonce,
+    join_world,
     local_world_size,
     set_threads,
 )
+from softprompt_dist.parallel.meeting import Newcomer, agree, job_nonce
 
 SLURM = {
     "SLURM_JOB_ID": "123456",
@@ -156,9 +165,101 @@ def test_jobs_are_told_apart() -> None:
     assert job_nonce(SLURM) == job_nonce(SLURM | {"SLURM_PROCID": "3"})
     assert job_nonce(SLURM) != job_nonce(SLURM | {"SLURM_RESTART_COUNT": "1"})
     assert job_nonce(SLURM | {"SOFTPROMPT_RUN_ID": "mine"}) == "mine"
-    launched = COMPLETE | {"LOCAL_SIZE": "2"}
-    assert str(os.getppid()) in job_nonce(launched)
     assert job_nonce(COMPLETE) == ""
+
+
+NONCE = """
+import os
+from softprompt_dist.parallel.meeting import job_nonce
+print(job_nonce(os.environ))
+"""
+
+
+@pytest.mark.parametrize(
+    "wrapper",
+    [
+        [],
+        ["timeout", "60"],
+        ["sh", "-c", '"$@"; exit $?', "sh"],
+        [sys.executable, "-c", "import subprocess, sys; subprocess.run(sys.argv[1:])"],
+    ],
+    ids=["none", "timeout", "sh", "python"],
+)
+def test_a_rank_in_a_wrapper_knows_its_launcher(wrapper: list[str]) -> None:
+    environ = {k: v for k, v in os.environ.items() if k not in ("RANK", "SLURM_PROCID")}
+    done = subprocess.run(
+        [*wrapper, sys.executable, "-c", NONCE],
+        env=environ | COMPLETE | {"LOCAL_SIZE": "2"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith(f"launcher {os.getpid()} on ")
+
+
+def met(*newcomers: Newcomer, already_there: Sequence[int] = ()) -> list[str]:
+    """What `agree` says to each of the newcomers; empty: nothing."""
+    store = HashStore()
+    for rank in already_there:
+        store.add(f"softprompt/meeting/claims/{rank}", 1)
+
+    def said(newcomer: Newcomer) -> str:
+        try:
+            agree(store, newcomer, len(newcomers))
+        except MachineError as error:
+            return str(error) if error.on_all_ranks else "of one rank"
+        return ""
+
+    with ThreadPoolExecutor(len(newcomers)) as pool:
+        return list(pool.map(said, newcomers))
+
+
+@pytest.fixture
+def place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "h")
+    monkeypatch.setenv("MASTER_PORT", "9")
+
+
+def test_ranks_that_are_alike_agree() -> None:
+    assert met(Newcomer(0, "nccl", "a"), Newcomer(1, "nccl", "a")) == ["", ""]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"backend": "gloo"}, "rank 1 on b would use the CPU (gloo), and rank 0, 2 on a would use"),
+        ({"backend": "", "problem": "No GPU."}, "Rank 1 on b: No GPU."),
+        ({"job": "other"}, "Ranks of different jobs met at h:9 (mine; other)"),
+    ],
+    ids=["backend", "problem", "job"],
+)
+def test_what_one_rank_lacks_is_said_to_all(
+    place: None, changes: dict[str, str], message: str
+) -> None:
+    of_job = [Newcomer(rank, "nccl", "mine", host="a") for rank in range(3)]
+    of_job[1] = replace(of_job[1], host="b", **changes)
+    first, *others = met(*of_job)
+    assert message in first
+    assert others == [first, first]
+
+
+def test_a_rank_that_is_there_twice_is_refused(place: None) -> None:
+    first, second = met(Newcomer(0, "gloo", ""), Newcomer(1, "gloo", ""), already_there=[1])
+    assert "Ranks of different jobs met at h:9 (another process is rank 1 already)" in first
+    assert first == second
+
+
+def test_a_cuda_build_without_a_gpu_is_refused_unless_the_cpu_is_asked_for(
+    lone_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    with pytest.raises(MachineError, match=r"can use none here: .*nvidia-smi.*DS_ACCELERATOR=cpu"):
+        join_world()
+    assert [finding.status for finding in check_accelerator()] == ["fail"]
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert choose_backend() == "gloo"
+    assert [finding.status for finding in check_accelerator()] != ["fail"]
 
 
 @pytest.fixture

@@ -95,23 +95,23 @@ def test_a_dead_builder_s_lock_fails(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert builds.check_build_locks()[0].status == "warn"
 
 
-def test_build_tools_are_needed_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert statuses(builds.check_build_tools(on_gpu=False)) == {"build tools": "ok"}
+def test_build_tools_are_needed_where_deepspeed_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert statuses(builds.check_build_tools(needed=True)) == {"build tools": "ok"}
     monkeypatch.setattr(builds, "missing_build_tools", lambda: ["ninja"])
-    assert statuses(builds.check_build_tools(on_gpu=False)) == {"build tools": "fail"}
-    assert statuses(builds.check_build_tools(on_gpu=True)) == {"build tools": "warn"}
+    assert statuses(builds.check_build_tools(needed=True)) == {"build tools": "fail"}
+    assert statuses(builds.check_build_tools(needed=False)) == {"build tools": "warn"}
 
 
 def test_whether_the_extension_is_built_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    assert builds.check_shm_comm(on_gpu=False)[0].found.startswith("not built yet")
+    assert builds.check_shm_comm(needed=True)[0].found.startswith("not built yet")
     built = tmp_path / "deepspeed_shm_comm" / "deepspeed_shm_comm.so"
     built.parent.mkdir()
     built.touch()
-    assert builds.check_shm_comm(on_gpu=False)[0].found == "built"
-    assert builds.check_shm_comm(on_gpu=True) == []
+    assert builds.check_shm_comm(needed=True)[0].found == "built"
+    assert builds.check_shm_comm(needed=False) == []
 
 
 def test_async_io_is_looked_for_only_when_needed(monkeypatch: pytest.MonkeyPatch) -> None:

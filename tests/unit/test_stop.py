@@ -17,16 +17,12 @@ WAITS_IN_C = """
 import ctypes, sys
 from softprompt_dist.parallel import stop
 stop.listen()
-unless = sys.argv[1:] == ["unless"]
-with stop.ends_while_waiting(unless=unless):
+with stop.ends_while_waiting(float(sys.argv[1]), "The others did not come."):
     print("waiting", flush=True)
     library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
-    if unless:
-        library.usleep(5_000_000)
-    else:  # the second lock waits for ever, and no signal interrupts it
-        library.pthread_mutex_lock(mutex)
-        library.pthread_mutex_lock(mutex)
-print("went on, and heard", stop.name_of(stop.wanted()), flush=True)
+    # The second lock waits for ever, and no signal interrupts it.
+    library.pthread_mutex_lock(mutex)
+    library.pthread_mutex_lock(mutex)
 """
 
 
@@ -65,17 +61,18 @@ def test_what_was_forgotten_ends_no_later_run() -> None:
 
 
 def test_the_end_leaves_other_users_of_signals_alone() -> None:
-    with stop.ends_while_waiting():
+    with stop.ends_while_waiting(60, "late"):
         pass
     assert signal.set_wakeup_fd(-1) == -1
     os.kill(os.getpid(), signal.SIGUSR1)
     assert stop.wanted() == signal.SIGUSR1
 
 
-def started(*arguments: str, outcome: Path) -> subprocess.Popen[str]:
+def started(limit_seconds: float, outcome: Path) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-c", WAITS_IN_C, *arguments],
+        [sys.executable, "-c", WAITS_IN_C, str(limit_seconds)],
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"SOFTPROMPT_OUTCOME": str(outcome)},
     )
@@ -85,7 +82,7 @@ def started(*arguments: str, outcome: Path) -> subprocess.Popen[str]:
 
 
 def test_a_wait_for_other_ranks_ends_though_no_handler_of_python_can_run(tmp_path: Path) -> None:
-    process = started(outcome=tmp_path)
+    process = started(600, outcome=tmp_path)
     process.terminate()
     begun = time.monotonic()
     said, _ = process.communicate(timeout=10)
@@ -95,8 +92,8 @@ def test_a_wait_for_other_ranks_ends_though_no_handler_of_python_can_run(tmp_pat
     assert (tmp_path / "why").read_text() == "signal: SIGTERM before the ranks met.\n"
 
 
-def test_what_must_not_be_torn_is_done_first(tmp_path: Path) -> None:
-    process = started("unless", outcome=tmp_path)
-    process.terminate()
-    said, _ = process.communicate(timeout=10)
-    assert said == "went on, and heard SIGTERM\n"
+def test_a_wait_for_ranks_that_do_not_come_ends_as_a_hang(tmp_path: Path) -> None:
+    process = started(0.5, outcome=tmp_path)
+    _, said = process.communicate(timeout=10)
+    assert (process.returncode, said) == (5, "error: The others did not come.\n")
+    assert (tmp_path / "why").read_text() == "hang: The others did not come.\n"
