@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.report import Aim, Report, parser, settings_of
+from softprompt_dist.data.encoding import EncoderSpec
 from softprompt_dist.data.lm.documents import RawRows, documents_of
-from softprompt_dist.data.lm.encoding import EncoderSpec
 from softprompt_dist.data.lm.encoding_pool import encode_rows
 from softprompt_dist.data.lm.text_sources import file_source
 

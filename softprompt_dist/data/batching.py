@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from softprompt_dist.data.encoding import encode_texts
 from softprompt_dist.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ def tokenise(  # noqa: PLR0913 - all that ids depend on
     target_prefix: str | None = None,
 ) -> Tokenised:
     """Ids of inputs and targets; inputs of more than `max_input_tokens` ids are cut and counted.
+
+    No text is a special piece, whatever is spelt in it: see `softprompt_dist.data.encoding`.
 
     seq2seq: the input ends in the end-of-sequence piece, which counts, and loses its end when cut
     (as in T5). causal: no special tokens, and it loses its beginning, since the target continues
@@ -211,9 +214,7 @@ def _cut(ids: Sequence[int], room: int, family: Family) -> Sequence[int]:
 
 
 def _encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    rows: list[list[int]] = tokenizer(
-        list(texts), add_special_tokens=False, truncation=False, verbose=False
-    )["input_ids"]
+    rows = encode_texts(texts, tokenizer)
     for text, ids in zip(texts, rows, strict=True):
         if not ids:
             raise DataError(

@@ -28,6 +28,7 @@ from softprompt_dist.data.batching import (
     tokenizer_fingerprint,
 )
 from softprompt_dist.data.downloads import exclusive
+from softprompt_dist.data.encoding import EncoderSpec
 from softprompt_dist.data.token_table import IdRows, TokenTable
 from softprompt_dist.durable import replace_file
 from softprompt_dist.parallel import ranks
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 # Fewer are tokenised about as soon as they are found and checked.
 FEWEST_ROWS_KEPT = 2000
 DAYS_KEPT = 30
@@ -115,15 +116,11 @@ def _key(examples: Sequence[Example], settings: Sequence[Any]) -> str:
 
 def _identity(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     """All that the ids of a text depend on: a vocabulary may be read in several ways."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    state = {} if backend is None else json.loads(backend.to_str())
-    for changed_by_use in ("truncation", "padding"):
-        state.pop(changed_by_use, None)
     return [
         type(tokenizer).__name__,
         tokenizer.eos_token_id,
         tokenizer_fingerprint(tokenizer),
-        hashlib.sha256(json.dumps(state).encode()).hexdigest(),
+        EncoderSpec.of(tokenizer).digest,
         *(metadata.version(package) for package in ("transformers", "tokenizers")),
     ]
 

@@ -161,6 +161,7 @@ class TextReader:
             SoftpromptError: see `tokenise`; or the way of finding or judging answers does not suit
                 the task.
         """
+        self._tell_of_special_pieces(config, data.labels)
         tokens = {name: self._tokens(config, name, data.splits[name]) for name in splits}
 
         def judged_once() -> LoadedTask:
@@ -201,6 +202,17 @@ class TextReader:
                 self.config.backbone.max_input_tokens,
             )
         return table
+
+    def _tell_of_special_pieces(self, task: TaskConfig, labels: Sequence[str]) -> None:
+        texts = ("" if task.catalogue else task.input_template, *labels)
+        spelt = [p for p in self.tokenizer.all_special_tokens if any(p in text for text in texts)]
+        if spelt and ranks.is_main():
+            log.warning(
+                "%s in the template or a label of %s is text as any other, not the special piece "
+                "of the tokenizer; task.target_prefix is the way to ask for one.",
+                ", ".join(map(repr, spelt)),
+                task.name,
+            )
 
     def _labels(self, task: TaskConfig, data: TaskData) -> LabelSet:
         find_metrics(data.metrics, data.labels)

@@ -24,6 +24,7 @@ from softprompt_dist.backbone.load import (
 from softprompt_dist.config import TuneConfig, TuningBatchConfig
 from softprompt_dist.data.batching import TokenBatch, TokenExample, collate, silent
 from softprompt_dist.data.bucketing import MicroBatchLimit, dealt, micro_batches_by_length
+from softprompt_dist.data.encoding import encode_texts
 from softprompt_dist.data.mixture import MixtureOrder, mixing_rates
 from softprompt_dist.data.sources import SPLITS
 from softprompt_dist.errors import ConfigError, DataError, InvariantError
@@ -268,7 +269,7 @@ def _initial_prompt(bench: Bench) -> Tensor:
         bench.config.prompt,
         embed=bench.backbone.embed,
         vocabulary_size=bench.backbone.vocabulary_size,
-        encode=lambda text: bench.tokenizer.encode(text, add_special_tokens=False),
+        encode=lambda text: encode_texts([text], bench.tokenizer)[0],
         labels=tuple(dict.fromkeys(x for task in bench.tasks for x in task.data.labels)),
         d_model=bench.backbone.d_model,
         generator=torch.Generator().manual_seed(bench.config.seed),

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
+from softprompt_dist.data.encoding import EncoderSpec
 from softprompt_dist.data.lm.documents import RawRows
-from softprompt_dist.data.lm.encoding import EncoderSpec
 from softprompt_dist.data.lm.encoding_pool import encoding_in_order
 from softprompt_dist.errors import MachineError
 

@@ -18,12 +18,13 @@ from softprompt_dist.config import TuneConfig
 from softprompt_dist.data import token_cache
 from softprompt_dist.data.batching import tokenise
 from softprompt_dist.data.examples import Example
+from softprompt_dist.data.tasks import load_task
 from softprompt_dist.errors import ConfigError
 from softprompt_dist.metrics.results import read_result
 from softprompt_dist.recipe import check_values
 from softprompt_dist.run import session
 from softprompt_dist.run.loaded_task import TextReader
-from softprompt_dist.task_config import TaskConfig
+from softprompt_dist.task_config import SourceConfig, TaskConfig
 from tests import runs
 from tests.messages import Said, assert_message
 
@@ -269,3 +270,23 @@ def test_the_prompt_starts_from_the_labels_alone(recipe: Recipe, tmp_path: Path)
     ]
     prompts = [runs.checkpoint_tensors(run, 1)["prompt"] for run in runs_of]
     assert float((prompts[0] - prompts[1]).abs().max()) < 1e-6
+
+
+def test_a_special_piece_in_a_row_is_text_and_one_in_a_template_is_told_of(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = [f"good </s> {SENTINEL} film", "</s>"]
+    tokens = tokenise([Example(*texts)], tokenizer, target_prefix=SENTINEL, **SETTINGS)
+    (example,) = tokens.examples
+    special = set(tokenizer.all_special_ids)
+    assert [i for i in example.input_ids if i in special] == [tokenizer.eos_token_id]
+    prefix = tokenizer.convert_tokens_to_ids(SENTINEL)
+    assert [i for i in example.target_ids if i in special] == [prefix, tokenizer.eos_token_id]
+    assert tokenizer.decode(example.target_ids[1:-1]) == "</s>"
+
+    file = str(runs.write_rows(tmp_path / "a.jsonl", [{"text": texts[0], "label": "positive"}]))
+    source = SourceConfig(train=file, validation=file, test=file)
+    for template, told in ("{text}", False), ("{text} </s>", True):
+        task = TaskConfig(source=source, input_template=template)
+        reader(tokenizer, method="rank").load(task, load_task(task), ["train"])
+        assert ("'</s>' in the template" in caplog.text) is told

@@ -1,15 +1,19 @@
 """Ids are those of the tokenizer itself, whatever the text and however they are found."""
 
 import pickle
+import shutil
 import unicodedata
 
 import numpy as np
 import pytest
-from tokenizers import normalizers, pre_tokenizers
+import sentencepiece
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from softprompt_dist.data.lm import encoding
-from softprompt_dist.data.lm.encoding import EncoderSpec, words_are_independent
-from tests.corpora import LINES, ids_of, tiny_t5, word_tokenizer
+from softprompt_dist.data import encoding
+from softprompt_dist.data.demo_corpus import train_tokenizer
+from softprompt_dist.data.encoding import EncoderSpec, encode_texts, words_are_independent
+from tests.corpora import LINES, ids_of, tiny_t5, word_tokenizer, write_lines
 
 AWKWARD = [
     "",
@@ -20,7 +24,7 @@ AWKWARD = [
     "zero\u200bwidth \u200djoined \u200c apart \ufeff mark",
     "¨ ´ ﷺ ﬁ ½ ｶ ﾞ ² №",
     "«quoted» “curly” ‘single’ – — … €",
-    "</s> in text, <extra_id_0>and<extra_id_1> more <pad>",
+    "less < than, more > than, </ and />",
     "▁ meta ▁space▁ ",
     "नमस्ते दुनिया का पाठ",
     "สวัสดี ำ ชาวโลก",
@@ -45,6 +49,60 @@ def test_awkward_texts_have_the_tokenizer_s_ids(tokenizer):
     assert words_are_independent(spec.backend)
     assert encoded(spec, AWKWARD) == ids_of(tokenizer, AWKWARD)
     assert [encoded(spec, [text])[0] for text in AWKWARD] == ids_of(tokenizer, AWKWARD)
+
+
+SPECIAL = ["</s>", "in</s>side", "<pad>x", "<unk> <extra_id_0>is<extra_id_99>", "</s></s>", "<s>"]
+
+
+def test_special_pieces_in_a_text_are_text_as_in_sentencepiece(tmp_path):
+    train_tokenizer(
+        [write_lines(tmp_path / "text", [*LINES, "<>/_ spaunkdextr_id"])], tmp_path, 160
+    )
+    spm = sentencepiece.SentencePieceProcessor(str(tmp_path / "spiece.model"))
+    texts = [*SPECIAL, *(line.replace(" the ", special) for line in LINES for special in SPECIAL)]
+    expected = [spm.encode(text) for text in texts]
+    for name in ("spiece.model", "tokenizer.json"):
+        folder = tmp_path / name.split(".")[0]
+        folder.mkdir()
+        shutil.copy(tmp_path / name, folder)
+        (folder / "config.json").write_text('{"model_type": "t5"}')
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert 1 in tokenizer(SPECIAL[0], add_special_tokens=False).input_ids
+        assert encoded(EncoderSpec.of(tokenizer), texts) == expected
+        assert encode_texts(texts, tokenizer) == expected
+
+
+@pytest.mark.parametrize("ignore_merges", [False, True])
+def test_a_chat_model_s_special_pieces_are_text_and_other_added_ones_pieces(ignore_merges):
+    """Among them one that merges lead to, one that is not flagged, and one that is no merge's."""
+    backend = byte_level_bpe(["<|im_end|> ok <eos>", *LINES])
+    plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(backend.to_str()))
+    assert "end" in plain.get_vocab()
+    backend.model.ignore_merges = ignore_merges
+    backend.add_special_tokens(["<|im_end|>", "end", "<|pad|>"])
+    backend.add_tokens(["<think>"])
+    chat = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    texts = ["the <|im_end|><|im_end|> end", "end", " end", "<|pad|>", *LINES]
+    found = encode_texts(texts, chat)
+    assert plain.batch_decode(found) == texts
+    assert not {i for ids in found for i in ids} & set(
+        chat.convert_tokens_to_ids(["<|im_end|>", "end", "<|pad|>"])
+    )
+    assert encode_texts(LINES, chat) == ids_of(plain, LINES)
+    assert encode_texts(["a<think>"], chat) == [
+        [*ids_of(plain, ["a"])[0], chat.convert_tokens_to_ids("<think>")]
+    ]
+
+
+def byte_level_bpe(texts):
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        texts * 2, trainers.BpeTrainer(initial_alphabet=alphabet, show_progress=False)
+    )
+    return backend
 
 
 def test_characters_beside_spaces_have_the_tokenizer_s_ids(tokenizer):
@@ -135,3 +193,4 @@ def test_a_tokenizer_without_a_fast_backend_is_asked_itself():
 
     slow = ByT5Tokenizer()
     assert encoded(EncoderSpec.of(slow), ["", "é b"]) == ids_of(slow, ["", "é b"])
+    assert encode_texts(["</s>"], slow) == [[byte + 3 for byte in b"</s>"]]

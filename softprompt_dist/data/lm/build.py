@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softprompt_dist.data.batching import tokenizer_fingerprint
+from softprompt_dist.data.encoding import EncoderSpec
 from softprompt_dist.data.lm.documents import RawRows
-from softprompt_dist.data.lm.encoding import EncoderSpec
 from softprompt_dist.data.lm.encoding_pool import EncodedRows, encoding_in_order, usable_cores
 from softprompt_dist.data.lm.manifest import (
     MANIFEST,

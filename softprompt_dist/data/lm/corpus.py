@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from softprompt_dist.data.batching import tokenizer_fingerprint
 from softprompt_dist.data.downloads import exclusive
+from softprompt_dist.data.encoding import EncoderSpec
 from softprompt_dist.data.lm.build import BuildRequest, build_corpus
-from softprompt_dist.data.lm.encoding import EncoderSpec
 from softprompt_dist.data.lm.encoding_pool import usable_cores
 from softprompt_dist.data.lm.manifest import MANIFEST, Manifest, read_manifest
 from softprompt_dist.data.lm.progress import PROGRESS

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from softprompt_dist.data.encoding import Encoder, EncoderSpec
 from softprompt_dist.data.lm.documents import BadRow, RawRows, documents_of
-from softprompt_dist.data.lm.encoding import Encoder, EncoderSpec
 from softprompt_dist.errors import MachineError
 from softprompt_dist.parallel import polling, stop
 

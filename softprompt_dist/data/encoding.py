@@ -1,4 +1,7 @@
-"""Texts to token ids, exactly those of the tokenizer without special tokens, in flat arrays.
+"""Texts to token ids: those of the tokenizer, to which no text is a special piece.
+
+A Hugging Face tokenizer makes the end of a sequence of the characters `</s>`. Here they are
+characters as any other, as they are to sentencepiece: what rows hold ends no input.
 
 A tokenizer that cuts at white space before anything else, as T5's does, gives a word the same ids
 wherever it stands. Words repeat, so each is encoded once and then looked up.
@@ -9,10 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import chain, compress
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -47,9 +51,7 @@ class EncoderSpec:
     vocabulary_size: int
     """Largest id plus one."""
     backend: str | None
-    """The fast tokenizer as JSON."""
-    splits_special_tokens: bool
-    """Whether `</s>` in a text is text."""
+    """The fast tokenizer as JSON, its special pieces out of reach of any text."""
     tokenizer: Any = None
     """The tokenizer itself where it has no fast backend (ByT5)."""
 
@@ -61,22 +63,26 @@ class EncoderSpec:
         return cls(
             dtype="<u2" if size <= 1 << 16 else "<u4",
             vocabulary_size=size,
-            backend=None if backend is None else _settled(backend.to_str()),
-            splits_special_tokens=bool(getattr(tokenizer, "split_special_tokens", False)),
+            backend=backend
+            and _without_special_pieces(backend.to_str(), tokenizer.all_special_tokens),
             tokenizer=tokenizer if backend is None else None,
         )
 
     @property
     def digest(self) -> str:
         """Hex sha256 of all that the ids of a text depend on, as far as it is known."""
-        state = [self.backend, self.splits_special_tokens, type(self.tokenizer).__name__]
+        state = [self.backend, type(self.tokenizer).__name__]
         return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
     def encoder(self) -> Encoder:
         """A function that encodes; it remembers words and is not to be shared by threads."""
-        if self.backend is None:
-            return _PythonEncoder(self)
-        return _WordEncoder(self) if words_are_independent(self.backend) else _BackendEncoder(self)
+        if self.backend is not None and words_are_independent(self.backend):
+            return _WordEncoder(self)
+        return self.whole_text_encoder()
+
+    def whole_text_encoder(self) -> _WholeTextEncoder:
+        """A function that encodes as well, word by word or not, and remembers nothing."""
+        return _WholeTextEncoder(self)
 
     def load_backend(self) -> Tokenizer:
         """The fast tokenizer, which cuts and pads nothing."""
@@ -84,8 +90,20 @@ class EncoderSpec:
 
         assert self.backend is not None
         backend = Tokenizer.from_str(self.backend)
-        backend.encode_special_tokens = self.splits_special_tokens
+        backend.encode_special_tokens = True
         return backend
+
+
+_encoders: WeakKeyDictionary[Any, tuple[int, _WholeTextEncoder]] = WeakKeyDictionary()
+
+
+def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The ids of each text, without any special piece; a text may have none."""
+    size, encoder = _encoders.get(tokenizer, (None, None))
+    if encoder is None or size != len(tokenizer):
+        encoder = EncoderSpec.of(tokenizer).whole_text_encoder()
+        _encoders[tokenizer] = len(tokenizer), encoder
+    return encoder.rows(texts)
 
 
 def words_are_independent(backend: str) -> bool:
@@ -128,36 +146,60 @@ def _has_piece_across_words(backend: str, added_tokens: Sequence[dict[str, Any]]
     return any(" " in sought(token) for token in added_tokens)
 
 
-def _settled(backend: str) -> str:
-    """Without what calls of the tokenizer change."""
-    return json.dumps(json.loads(backend) | {"truncation": None, "padding": None})
+def _without_special_pieces(backend: str, named: Collection[str]) -> str:
+    """The backend with names for its special pieces that no text has; and it cuts and pads nothing.
+
+    `encode_special_tokens` alone is not enough: it keeps special pieces from being looked for, but
+    those of T5 stand in the model's vocabulary as well, as its likeliest pieces.
+    """
+    state = json.loads(backend) | {"truncation": None, "padding": None, "post_processor": None}
+    added, model = state["added_tokens"], state["model"]
+    special = {*named, *(token["content"] for token in added if token["special"])}
+    # A single character is needed to write text.
+    name_of = {piece: f"\ufdd0{n}" for n, piece in enumerate(sorted(special)) if len(piece) > 1}
+    for token in added:
+        if token["content"] in name_of:
+            token |= {"content": name_of[token["content"]], "special": True}
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, list):
+        model["vocab"] = [[name_of.get(piece, piece), score] for piece, score in vocabulary]
+    else:
+        model["vocab"] = {name_of.get(piece, piece): i for piece, i in vocabulary.items()}
+    if "merges" in model:
+        model["merges"] = [
+            m for m in model["merges"] if name_of.keys().isdisjoint([*m, "".join(m)])
+        ]
+    if "unk_token" in model:
+        model["unk_token"] = name_of.get(model["unk_token"], model["unk_token"])
+    return json.dumps(state)
 
 
-class _PythonEncoder:
+class _WholeTextEncoder:
     def __init__(self, spec: EncoderSpec) -> None:
-        self._spec = spec
+        self._tokenizer, self._dtype = spec.tokenizer, spec.dtype
+        self._backend = None if spec.backend is None else spec.load_backend()
 
     def __call__(self, texts: Sequence[str]) -> EncodedTexts:
+        return _joined(self.rows(texts), self._dtype)
+
+    def rows(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text."""
+        if self._backend is not None:
+            encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [one.ids for one in encoded]
         if not texts:
-            return _joined([], self._spec.dtype)
-        encoded = self._spec.tokenizer(list(texts), add_special_tokens=False, verbose=False)
-        return _joined(encoded["input_ids"], self._spec.dtype)
-
-
-class _BackendEncoder:
-    def __init__(self, spec: EncoderSpec) -> None:
-        self._backend, self._dtype = spec.load_backend(), spec.dtype
-
-    def __call__(self, texts: Sequence[str]) -> EncodedTexts:
-        encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return _joined([one.ids for one in encoded], self._dtype)
+            return []
+        found: list[list[int]] = self._tokenizer(
+            list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False
+        )["input_ids"]
+        return found
 
 
 class _WordEncoder:
     """Looks words up; unknown ones, and texts with words that lean on a space, go the usual way."""
 
     def __init__(self, spec: EncoderSpec) -> None:
-        self._encode, self._dtype = _BackendEncoder(spec), spec.dtype
+        self._encode, self._dtype = spec.whole_text_encoder(), spec.dtype
         self._forget()
 
     def _forget(self) -> None:
