@@ -204,7 +204,7 @@ class TextReader:
         return table
 
     def _tell_of_special_pieces(self, task: TaskConfig, labels: Sequence[str]) -> None:
-        texts = ("" if task.catalogue else task.input_template, *labels)
+        texts = ("" if task.catalogue else task.input_template or "", *labels)
         spelt = [p for p in self.tokenizer.all_special_tokens if any(p in text for text in texts)]
         if spelt and ranks.is_main():
             log.warning(
