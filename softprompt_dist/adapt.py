@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from softprompt_dist import screen
 from softprompt_dist.adapt_config import AdaptConfig
 from softprompt_dist.adapt_stages import STAGES, choose_stages, load_stages
 from softprompt_dist.errors import ConfigError
@@ -40,6 +41,7 @@ def build_parser() -> VerbParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the verb; see `build_parser`."""
+    screen.outlive_readers()
     stop.listen()  # before anything slow: a cluster may take the machine back while we load
     options = build_parser().parse_args(argv)
     every = _all_stages(options)

@@ -14,6 +14,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from softprompt_dist import screen
 from softprompt_dist.errors import ConfigError
 from softprompt_dist.parallel.verb import VerbParser, run_verb
 
@@ -59,6 +60,7 @@ def build_parser() -> VerbParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the verb; see `build_parser`."""
+    screen.outlive_readers()
     options = build_parser().parse_args(argv)
     if options.precision != "int8" and (options.rest or options.quantized_layers):
         raise ConfigError(

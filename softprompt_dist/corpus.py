@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from softprompt_dist import screen
 from softprompt_dist.errors import ConfigError, DataError
 from softprompt_dist.parallel.verb import VerbParser, count, run_verb
 
@@ -105,6 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _build(options: argparse.Namespace) -> Iterator[str]:
+    screen.outlive_readers()
     from softprompt_dist.data.lm.build import BuildRequest, build_corpus
     from softprompt_dist.data.lm.corpus import BuiltCorpus, part_name
     from softprompt_dist.data.lm.text_sources import part_of

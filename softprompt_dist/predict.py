@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from softprompt_dist import screen
 from softprompt_dist.parallel import stop
 from softprompt_dist.parallel.verb import VerbParser, count, run_verb
 from softprompt_dist.run.options import prompt_config
@@ -52,6 +53,7 @@ def build_parser() -> VerbParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the verb; see `build_parser`."""
+    screen.outlive_readers()
     stop.listen()
     options = build_parser().parse_args(argv)
     config, ds_config = prompt_config(options)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from softprompt_dist import screen
 from softprompt_dist.lifecycle.ownership import begin_in
 from softprompt_dist.parallel import stop
 from softprompt_dist.parallel.verb import VerbParser, run_verb
@@ -29,6 +30,7 @@ def build_parser() -> VerbParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the verb; see `build_parser`."""
+    screen.outlive_readers()
     stop.listen()  # before anything slow: a cluster may take the machine back while we load
     options = build_parser().parse_args(argv)
     if options.steps is not None:

@@ -7,9 +7,7 @@ other rank exits. Nothing here imports torch: `--help` and a mistyped option ans
 from __future__ import annotations
 
 import argparse
-import errno
 import os
-import re
 import signal
 import sys
 import time
@@ -17,9 +15,10 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from softprompt_dist.durable import PASSING
-from softprompt_dist.errors import ConfigError, MachineError, SoftpromptError, StoppedError
+from softprompt_dist import screen
+from softprompt_dist.errors import ConfigError, SoftpromptError, StoppedError
 from softprompt_dist.outcome_files import of_batch_script, record_failure
+from softprompt_dist.parallel.failures import PeerLostError, as_user_error
 from softprompt_dist.progress import phase
 from softprompt_dist.redaction import redact_output, redact_text
 
@@ -27,32 +26,6 @@ Main = Callable[[Sequence[str] | None], None]
 
 _GRACE_SECONDS = 10.0
 """How long another rank waits to be ended by the launcher before it takes the error for its own."""
-
-_REMEDIES = {
-    errno.EACCES: "Give this user permission, or choose another place (--run-dir).",
-    errno.EPERM: "Give this user permission, or choose another place (--run-dir).",
-    errno.EISDIR: "Name a file, or choose another place (--run-dir).",
-    errno.ENOTDIR: "Choose a place below a folder (--run-dir).",
-    errno.EROFS: "Choose a place that can be written to (--run-dir).",
-    errno.ENOSPC: "Free some space, or choose another place (--run-dir).",
-    errno.EDQUOT: "Free some of the quota, or choose another place (--run-dir).",
-    **dict.fromkeys(PASSING, "The disk is away: start again once it answers."),
-}
-_PEER_LOST = re.compile(r"connection (was )?(closed|reset)|broken pipe", re.IGNORECASE)
-
-
-class InterruptedByUserError(SoftpromptError):
-    """The user pressed Ctrl-C."""
-
-    exit_code = 130
-    outcome = "signal"
-
-
-class PeerLostError(SoftpromptError):
-    """Another rank ended while this one was waiting for it."""
-
-    exit_code = 1
-    outcome = "error"
 
 
 class VerbParser(argparse.ArgumentParser):
@@ -163,15 +136,19 @@ def count(text: str) -> int:
 def run_verb(main: Main, argv: Sequence[str] | None = None) -> NoReturn:
     """Run `main` and exit; a failure the user can act on becomes one message from one rank.
 
-    Any other exception passes through with its traceback: it is a bug of ours.
+    Any other exception passes through with its traceback: it is a bug of ours. A listing that
+    nobody reads to its end exits with 141, which is what shells say of programs ended by SIGPIPE.
     """
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
     redact_output()
+    screen.prepare()
     try:
-        with phase("working"):
-            main(argv)
+        _run_and_flush(main, argv)
     except (Exception, KeyboardInterrupt) as error:
-        failure = _as_user_error(error)
+        if screen.is_reader_lost():
+            _leave(128 + signal.SIGPIPE)
+        screen.outlive_readers()
+        failure = as_user_error(error, world_is_up=_world_is_up())
         if failure is None:
             raise
         record_failure(failure)  # before any rank leaves: its launcher ends the others
@@ -184,24 +161,14 @@ def run_verb(main: Main, argv: Sequence[str] | None = None) -> NoReturn:
     sys.exit(0)
 
 
-def _as_user_error(error: BaseException) -> SoftpromptError | None:
-    if isinstance(error, SoftpromptError):
-        return error
-    if isinstance(error, KeyboardInterrupt):
-        return InterruptedByUserError("Interrupted.")
-    if isinstance(error, OSError) and error.errno in _REMEDIES:
-        place = f" {error.filename}:" if error.filename else ""
-        remedy = _REMEDIES[error.errno]
-        return MachineError(f"Cannot read or write:{place} {error.strerror}. {remedy}")
-    if type(error).__name__ == "OutOfMemoryError":
-        return MachineError(
-            f"{str(error).splitlines()[0]} Lower batch.micro_batch_size or micro_batch_tokens, and "
-            "evaluation.batch_tokens, or shard the backbone (--deepspeed_config "
-            "ds_configs/zero3_bf16.json)."
-        )
-    if isinstance(error, RuntimeError) and _world_is_up() and _PEER_LOST.search(str(error)):
-        return PeerLostError("Another rank has ended; its message says why.")
-    return None
+def _run_and_flush(main: Main, argv: Sequence[str] | None) -> None:
+    try:
+        with phase("working"):
+            main(argv)
+    except SystemExit:  # argparse's, after its help
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
 
 
 def _exit_code(failure: SoftpromptError) -> int:
