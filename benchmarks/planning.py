@@ -85,9 +85,9 @@ def _load_and_step(path: str, settings: dict[str, Any]) -> None:
     from softprompt_dist.run.optimizer import build_optimizer
     from softprompt_dist.run.step import accumulate_gradient
 
-    config = BackboneConfig.model_validate({"path": path, **settings["cell"]})
-    backbone = load_backbone(config)
     work = Workload(**settings["workload"])
+    section = {"path": path, "dropout": work.dropout, **settings["cell"]}
+    backbone = load_backbone(BackboneConfig.model_validate(section))
     prompt = SoftPrompt(torch.rand(work.prompt_length, backbone.d_model) - 0.5)
     prompt = prompt.to(ranks.device())
     optimizer = build_optimizer(OptimizerConfig(), [prompt.weight])
@@ -117,7 +117,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not on_gpu:
         # Else the allocator keeps freed blocks for later, and what is counted is its habit.
         os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    workload = Workload(given.micro_batch, given.prompt_length, given.input_length, 8)
+    lengths = (given.prompt_length, given.input_length, 8)
+    workload = Workload(given.micro_batch, *lengths, given.dropout)
     where = "torch.cuda.max_memory_allocated" if on_gpu else "growth of resident memory"
     title = f"Predicted memory of a rank, {num_ranks} rank(s), against {where}"
     report = Report("planning", title, settings_of(given))
@@ -134,7 +135,7 @@ def _compare(
 ) -> None:
     cell, workload, num_ranks = how
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    cluster = Cluster(num_ranks, gathers_into_copy=device == "cpu")
+    cluster = Cluster(num_ranks, on_cpu=device == "cpu")
     memory = predict_memory(find_architecture(str(folder)), cell, workload, cluster)
     settings = {"folder": str(folder.resolve()), "cell": vars(cell), "workload": vars(workload)}
     answers = run_ranks("benchmarks.planning:measure", settings, num_ranks=num_ranks, device=device)
@@ -168,6 +169,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     options.add_argument("--micro-batch", type=int, default=2)
     options.add_argument("--prompt-length", type=int, default=100)
     options.add_argument("--input-length", type=int, default=256)
+    options.add_argument("--dropout", type=float, default=0.0)
     return options.parse_args(argv)
 
 

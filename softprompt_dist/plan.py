@@ -35,10 +35,10 @@ from softprompt_dist.planning.adaptation_report import (
     adaptation_refusal,
     report_adaptation,
 )
-from softprompt_dist.planning.choose import Question, all_plans, choose
+from softprompt_dist.planning.choose import DEFAULT_DROPOUT, Question, all_plans, choose
 from softprompt_dist.planning.machine import DEFAULT_GPU, GPUS, Gpu, Machine, gpu_named
 from softprompt_dist.planning.models import find_architecture
-from softprompt_dist.planning.options import add_number, amount, share
+from softprompt_dist.planning.options import add_number, amount, rate, share
 from softprompt_dist.planning.report import (
     advice,
     describe_question,
@@ -83,6 +83,7 @@ def build_parser() -> VerbParser:
         ("target-length", f"tokens of the longest target, or a row (tune: {work.target_length})"),
     ):
         add_number(parser, name, count, purpose)
+    add_number(parser, "dropout", rate, f"of the recipe (tune: {DEFAULT_DROPOUT}; adapt: 0)")
     _add_machine_options(parser)
     _add_tune_options(parser)
     _add_adapt_options(parser)
@@ -232,10 +233,13 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
 def _question(options: argparse.Namespace) -> Question:
     gpu = _gpu(options)
     lengths = ("micro_batch", "prompt_length", "input_length", "target_length")
+    dropout = DEFAULT_DROPOUT if options.dropout is None else options.dropout
     speeds = ("network_gb_per_second", "disk_gb_per_second")
     return Question(
         architecture=find_architecture(options.model, options.revision),
-        workload=Workload(**_given({name: getattr(options, name) for name in lengths})),
+        workload=Workload(
+            dropout=dropout, **_given({name: getattr(options, name) for name in lengths})
+        ),
         machine=Machine(
             gpu=gpu,
             cluster=Cluster(gpus_per_node=options.gpus, nodes=options.nodes),
@@ -271,6 +275,7 @@ def _adaptation_question(options: argparse.Namespace) -> tuple[AdaptationQuestio
         mfu=options.mfu or DEFAULT_MFU,
         optimizer=options.optimizer or "adafactor",
         host_memory_gb=options.host_memory,
+        dropout=options.dropout or 0.0,
     )
     return (question if options.micro_batch else with_micro_batch_that_fits(question)), preset
 

@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
+import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
+
+
+def drop_as_cuda_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout keeps booleans, as CUDA's kernels; attention no more than without it."""
+    attention = F.scaled_dot_product_attention
+
+    def fused(*tensors: Tensor, dropout_p: float = 0.0, **options: Any) -> Tensor:
+        return attention(*tensors, **options)
+
+    monkeypatch.setattr(F, "dropout", lambda x, p: torch.native_dropout(x, p, train=True)[0])
+    monkeypatch.setattr(F, "scaled_dot_product_attention", fused)
 
 
 def bytes_kept(

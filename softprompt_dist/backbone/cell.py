@@ -66,6 +66,7 @@ class Workload:
     prompt_length: int = 100
     input_length: int = 512
     target_length: int = 8
+    dropout: float = 0.0
 
     def num_positions(self, architecture: Architecture) -> int:
         """S: prompt and input; the target stands behind them in a decoder-only model."""
@@ -79,8 +80,9 @@ class Cluster:
 
     gpus_per_node: int = 1
     nodes: int = 1
-    gathers_into_copy: bool = False
-    """gloo, on CPUs, receives a block in memory of its own and copies it; NCCL does not."""
+    on_cpu: bool = False
+    """Whether CPUs compute. gloo then receives a block in memory of its own and copies it, and
+    dropout keeps more."""
 
     @property
     def num_gpus(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from softprompt_dist.backbone.architecture import Architecture
 from softprompt_dist.backbone.cell import Cell, Cluster, Workload
 from softprompt_dist.backbone.memory_model import predict_memory, sharded_bytes
@@ -35,7 +37,7 @@ def node_bytes(
     """Memory that a node needs for all its ranks; without GPUs, also what would lie on them."""
     if on_gpu:
         return host_bytes(architecture, cell, cluster)
-    memory = predict_memory(architecture, cell, workload, cluster)
+    memory = predict_memory(architecture, cell, workload, replace(cluster, on_cpu=True))
     host = host_bytes(architecture, cell, cluster, _CPU_PROCESS_BYTES)
     return host + cluster.gpus_per_node * memory.allocated
 

@@ -62,7 +62,7 @@ def predict_memory(
     architecture: Architecture, cell: Cell, workload: Workload, cluster: Cluster
 ) -> Memory:
     """Peak memory of one device, in bytes."""
-    activations = activation_bytes(architecture, cell, workload)
+    activations = activation_bytes(architecture, cell, workload, on_cpu=cluster.on_cpu)
     gathered = gathered_bytes(architecture, cell, cluster)
     logits = _logit_bytes(architecture, cell, workload)
     moving = activations + gathered + logits
@@ -124,7 +124,7 @@ def gathered_bytes(architecture: Architecture, cell: Cell, cluster: Cluster) -> 
     sizes = list(map(cell.block_bytes, blocks))
     working_set = 0
     if cell.sharding == "zero3":
-        copies = 2 if cluster.gathers_into_copy and cluster.num_shards(cell) > 1 else 1
+        copies = 2 if cluster.on_cpu and cluster.num_shards(cell) > 1 else 1
         working_set = max(first + copies * second for first, second in pairwise(sizes))
         if cell.offload != "none":
             working_set += working_set // cluster.num_shards(cell)

@@ -68,7 +68,7 @@ def check_memory_room(
     if architecture is None:
         return [Finding("room", "ok", "not predicted for this model")]
     inputs, targets = row_lengths(config)
-    work = Workload(config.batch.micro_batch_size, 0, inputs, targets)
+    work = Workload(config.batch.micro_batch_size, 0, inputs, targets, config.dropout)
     cluster = world.cluster
     memory = predict_adaptation_memory(architecture, engine, work, cluster, config.optimizer)
     on_host = host_memory_bytes(architecture, engine, cluster, config.optimizer)

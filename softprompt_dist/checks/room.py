@@ -35,6 +35,7 @@ def check_room(config: TuneConfig, folder: Path, cluster: Cluster) -> list[Findi
         micro_batch=config.batch.micro_batch_size,
         prompt_length=config.prompt.prompt_length,
         input_length=config.backbone.max_input_tokens,
+        dropout=config.backbone.dropout,
     )
     memory = predict_memory(architecture, cell, workload, cluster)
     on_host = node_bytes(architecture, cell, workload, cluster, on_gpu=on_gpu())

@@ -49,6 +49,7 @@ class AdaptationQuestion:
     optimizer: Optimizer = "adafactor"
     host_memory_gb: float | None = None
     """Of a node; None: not checked."""
+    dropout: float = 0.0
 
     @property
     def device_bytes(self) -> float:
@@ -187,7 +188,8 @@ def _engines(question: AdaptationQuestion) -> Iterator[Engine]:
 def make_adaptation_plan(question: AdaptationQuestion, engine: Engine) -> AdaptationPlan:
     """What one way needs."""
     architecture, cluster = question.architecture, question.cluster
-    work = Workload(question.micro_batch, 0, question.input_length, question.target_length)
+    lengths = (question.input_length, question.target_length)
+    work = Workload(question.micro_batch, 0, *lengths, question.dropout)
     memory = predict_adaptation_memory(architecture, engine, work, cluster, question.optimizer)
     host = host_memory_bytes(architecture, engine, cluster, question.optimizer)
     saving = saving_bytes(architecture, engine, cluster, question.optimizer)

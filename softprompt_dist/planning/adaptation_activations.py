@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from softprompt_dist.backbone.activations import dropped_numbers
 from softprompt_dist.backbone.architecture import Architecture
 from softprompt_dist.backbone.cell import Workload
 
@@ -78,7 +79,9 @@ def _positions(architecture: Architecture, work: Workload) -> tuple[int, int]:
 def _layer_bytes(architecture: Architecture, work: Workload, numbers: Numbers) -> int:
     """Kept by a layer of the encoder, or of a decoder-only model."""
     positions, _ = _positions(architecture, work)
-    kept = positions * _kept_by_position(architecture, numbers)
+    kept = positions * (
+        _kept_by_position(architecture, numbers) + _dropout_masks(architecture, work)
+    )
     if numbers.casts and architecture.family == "seq2seq":
         kept += _squares(architecture, work)[0] * numbers.product
     return kept
@@ -98,6 +101,7 @@ def _decoder_layer_bytes(architecture: Architecture, work: Workload, numbers: Nu
     if numbers.casts:
         crossed += 2 * architecture.d_model * numbers.product
         kept += _squares(architecture, work)[1] * numbers.product
+    cross += _dropout_masks(architecture, work, crossing=True)
     kept += targets * (_kept_by_position(architecture, numbers) + cross)
     return kept + positions * crossed
 
@@ -114,6 +118,11 @@ def _kept_by_position(architecture: Architecture, numbers: Numbers) -> int:
     products = copies * architecture.d_model + attention + hidden
     kept = 2 * _norm_bytes(architecture, numbers) + products * numbers.product
     return kept + (architecture.num_heads + 2) * _FP32
+
+
+def _dropout_masks(architecture: Architecture, work: Workload, *, crossing: bool = False) -> int:
+    """Bytes per position and layer, of a boolean for each number."""
+    return dropped_numbers(architecture, crossing=crossing) if work.dropout else 0
 
 
 def _norm_bytes(architecture: Architecture, numbers: Numbers) -> int:

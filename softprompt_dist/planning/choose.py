@@ -20,6 +20,8 @@ _LIBRARY_CELLS = ("llm_int8", "nf4")
 """Taken only where nothing else fits: another library, and 4 bits cost accuracy."""
 _LEAST_RECOMPUTING_FIRST = ("every_8", "every_4", "every_3", "every_2", "full")
 _MOST_GPUS = 1024
+DEFAULT_DROPOUT = 0.1
+"""Of the packaged recipes for T5, which costs memory; decoder-only models take no more for it."""
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,21 @@ def amount(text: str) -> float:
     return value
 
 
+def rate(text: str) -> float:
+    """A probability, 0 for never.
+
+    Raises:
+        ArgumentTypeError: it is below 0, or not below 1.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be at least 0 and below 1")
+    return value
+
+
 def share(text: str) -> float:
     """A part of a whole.
 

@@ -34,7 +34,8 @@ def describe_question(question: Question) -> list[str]:
         f"{architecture.num_layers}{decoder} layers",
         f"{cluster.nodes} x {cluster.gpus_per_node} GPUs with {question.device_bytes / 1e9:g} GB; "
         f"micro-batch {workload.micro_batch}, {workload.prompt_length} prompt + "
-        f"{workload.input_length} input tokens, {workload.target_length} target tokens; "
+        f"{workload.input_length} input tokens, {workload.target_length} target tokens, dropout "
+        f"{workload.dropout:g}; "
         f"{operations * cluster.num_gpus / 1e12:.1f} TFLOP a step",
     ]
 

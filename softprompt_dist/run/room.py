@@ -43,6 +43,7 @@ def assert_room(config: TuneConfig, folder: Path, tasks: Sequence[LoadedTask]) -
         prompt_length=config.prompt.prompt_length,
         input_length=input_length,
         target_length=target_length,
+        dropout=config.backbone.dropout,
     )
     gpus_per_node = local_world_size(os.environ) if ranks.world_size() > 1 else 1
     cluster = Cluster(gpus_per_node, ranks.world_size() // gpus_per_node)

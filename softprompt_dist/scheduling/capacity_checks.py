@@ -125,7 +125,7 @@ def _adaptation_room(
     from softprompt_dist.checks.adaptation_room import engine_of, row_lengths
 
     engine, (inputs, targets) = engine_of(config, job.ds_config), row_lengths(config)
-    work = Workload(config.batch.micro_batch_size, 0, inputs, targets)
+    work = Workload(config.batch.micro_batch_size, 0, inputs, targets, config.dropout)
     return predict_adaptation_memory(architecture, engine, work, cluster, config.optimizer).total
 
 
@@ -134,6 +134,7 @@ def _tuning_room(config: TuneConfig, architecture: Architecture, cluster: Cluste
         micro_batch=config.batch.micro_batch_size,
         prompt_length=config.prompt.prompt_length,
         input_length=config.backbone.max_input_tokens,
+        dropout=config.backbone.dropout,
     )
     return predict_memory(architecture, Cell.of(config.backbone), work, cluster).total
 

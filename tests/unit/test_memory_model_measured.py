@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -15,10 +17,11 @@ from softprompt_dist.backbone.load import load_backbone
 from softprompt_dist.config import BackboneConfig
 from softprompt_dist.data.batching import TokenBatch
 from softprompt_dist.planning.models import find_architecture
-from tests.autograd import bytes_kept
+from tests.autograd import bytes_kept, drop_as_cuda_does
 from tests.models import save_model
 
 WORK = Workload(micro_batch=2, prompt_length=8, input_length=56, target_length=4)
+DROPPING = replace(WORK, dropout=0.1)
 
 
 @pytest.fixture(params=["t5", "llama"])
@@ -52,10 +55,9 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return save_model(LlamaForCausalLM(llama), tmp_path)
 
 
-def kept_for_backward(folder: Path, checkpointing: str) -> int:
+def kept_for_backward(folder: Path, **settings: object) -> int:
     """Bytes of all storages that a forward pass leaves with autograd, weights apart."""
-    section = {"path": str(folder), "sharding": "replicated", "dtype": "fp32"}
-    section["activation_checkpointing"] = checkpointing
+    section = {"path": str(folder), "sharding": "replicated", "dtype": "fp32", **settings}
     backbone = load_backbone(BackboneConfig.model_validate(section))
     ids_BS = torch.ones(WORK.micro_batch, WORK.input_length, dtype=torch.long)
     mask_BS = torch.ones_like(ids_BS)
@@ -73,5 +75,33 @@ def test_a_forward_pass_keeps_what_is_predicted(folder: Path, checkpointing: str
     architecture: Architecture = find_architecture(str(folder))
     cell = Cell(activation_checkpointing=checkpointing)
     predicted = kept_bytes(architecture, cell, WORK)
-    assert predicted == pytest.approx(kept_for_backward(folder, checkpointing), rel=0.10)
+    measured = kept_for_backward(folder, activation_checkpointing=checkpointing)
+    assert predicted == pytest.approx(measured, rel=0.10)
     assert predicted < activation_bytes(architecture, cell, WORK)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("checkpointing", ["none", "every_2"])
+def test_dropout_on_a_cpu_keeps_what_is_predicted(
+    folder: Path, dtype: Literal["fp32", "bf16"], checkpointing: str
+) -> None:
+    architecture: Architecture = find_architecture(str(folder))
+    cell = Cell(dtype=dtype, activation_checkpointing=checkpointing)
+    predicted = kept_bytes(architecture, cell, DROPPING, on_cpu=True)
+    measured = kept_for_backward(
+        folder, dtype=dtype, dropout=DROPPING.dropout, activation_checkpointing=checkpointing
+    )
+    assert predicted == pytest.approx(measured, rel=0.10)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_dropout_on_a_gpu_keeps_what_is_predicted(
+    folder: Path, dtype: Literal["fp32", "bf16"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drop_as_cuda_does(monkeypatch)
+    architecture: Architecture = find_architecture(str(folder))
+    predicted = kept_bytes(architecture, Cell(dtype=dtype), DROPPING)
+    measured = kept_for_backward(folder, dtype=dtype, dropout=DROPPING.dropout)
+    assert predicted == pytest.approx(measured, rel=0.05)
+    masks = predicted - kept_bytes(architecture, Cell(dtype=dtype), WORK)
+    assert (masks > 0) == (architecture.family == "seq2seq")

@@ -41,6 +41,7 @@ XXL = "google/t5-xxl-lm-adapt"
 SEVENTY = "meta-llama/Llama-2-70b-hf"
 EIGHT = Cluster(gpus_per_node=8)
 SHARDED = Cell("zero3", "bf16")
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 def known(name: str) -> Architecture:
@@ -243,6 +244,31 @@ def test_the_verb_prints_every_cell_and_writes_the_chosen_one(
         "bf16": {"enabled": True},
         "zero_optimization": {"stage": 0},
     }
+
+
+def test_the_docs_give_what_the_verb_says(capsys: pytest.CaptureFixture[str]) -> None:
+    """For the packaged recipes, which have dropout."""
+    cells: dict[str, str] = {}
+    page = (DOCS / "planning.md").read_text()
+    rows = re.findall(r"\| (\d+) GB \| (\S.*) \| ([\d.]+) GB \|", page)
+    assert len(rows) == 4
+    for memory, cell, needed in rows:
+        main(["--model", XXL, "--gpus", "8", "--gpu-memory", memory])
+        said = capsys.readouterr().out
+        assert "dropout 0.1" in said
+        assert f"Chosen: {cell}; {needed} GB of a GPU" in said
+        for line in said.splitlines():
+            if found := re.match(r"[* ]  (\S+) +(\S+) +none +none +(\S+ +){5}(\d+\.\d\d)", line):
+                cells.setdefault(f"{found[1]} {found[2]}", found[4])
+    readme = (DOCS.parent / "README.md").read_text().replace("\n", " ")
+    for way, cell in (
+        ("replicated in bf16", "replicated bf16"),
+        ("replicated in int8", "replicated int8/bf16"),
+        ("sharded in bf16", "zero3 bf16"),
+        ("sharded in int8", "zero3 int8/bf16"),
+    ):
+        (said,) = re.findall(rf"([\d.]+) GB {way}", readme)
+        assert said == f"{float(cells[cell]):.1f}"
 
 
 def test_when_nothing_fits_the_numbers_and_a_way_out_are_told(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from softprompt_dist.planning.adaptation_activations import (
     activation_bytes,
     kept_bytes,
 )
-from tests.autograd import bytes_kept
+from tests.autograd import bytes_kept, drop_as_cuda_does
 
 ROWS, INPUTS, TARGETS = 2, 48, 36
 
@@ -43,7 +43,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def t5() -> tuple[nn.Module, PretrainedConfig]:
+def t5(dropout: float = 0.0) -> tuple[nn.Module, PretrainedConfig]:
     config = T5Config(
         vocab_size=104,
         d_model=64,
@@ -53,7 +53,7 @@ def t5() -> tuple[nn.Module, PretrainedConfig]:
         num_layers=4,
         num_decoder_layers=3,
         feed_forward_proj="gated-gelu",
-        dropout_rate=0.0,
+        dropout_rate=dropout,
         tie_word_embeddings=False,
         scale_decoder_outputs=False,
         decoder_start_token_id=0,
@@ -114,3 +114,14 @@ def test_a_forward_pass_keeps_what_is_predicted(
     measured = kept_for_backward(model, numbers)
     assert predicted == pytest.approx(measured, rel=0.10)
     assert predicted < activation_bytes(architecture, work, numbers, checkpointing=checkpointing)
+
+
+def test_the_masks_of_dropout_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    drop_as_cuda_does(monkeypatch)
+    model, config = t5(dropout=0.1)
+    architecture = architecture_of("tiny", config.to_dict())
+    plain, dropping = (Workload(ROWS, 0, INPUTS, TARGETS, dropout) for dropout in (0.0, 0.1))
+    predicted = kept_bytes(architecture, dropping, BF16, checkpointing=False)
+    assert predicted > 1.04 * kept_bytes(architecture, plain, BF16, checkpointing=False)
+    measured = kept_for_backward(model.train().to(torch.bfloat16), BF16)
+    assert predicted == pytest.approx(measured, rel=0.05)

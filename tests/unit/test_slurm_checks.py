@@ -157,5 +157,5 @@ def test_the_memory_of_a_sweep_is_that_of_what_is_adapted(
     tune = {"recipe": "t5-xxl-superglue-boolq", "tasks": ["boolq"]}
     tune["set"] = {"backbone.sharding": "replicated"}
     found = findings(gpu="a10", adapt=adapt_xxl(tmp_path), tune=tune)
-    assert found["tune room"].startswith("fail: 30.")
+    assert found["tune room"].startswith("fail: 31.")
     assert "softprompt plan" in found["tune room"]
