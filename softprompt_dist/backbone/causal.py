@@ -111,5 +111,8 @@ class CausalBackbone(Backbone):
         embeds_BLD, mask_BL = super()._embedded(prompt_BPD, batch)
         # The input's padding lies behind the prompt, where its embeddings were put side by side.
         order_BL = mask_BL.argsort(dim=1, stable=True)
-        embeds_BLD = embeds_BLD.take_along_dim(order_BL[:, :, None], 1)
-        return embeds_BLD, mask_BL.take_along_dim(order_BL, 1)
+        # By whole rows: an index for every number would be kept for the backward pass.
+        starts_B1 = torch.arange(len(order_BL), device=order_BL.device)[:, None] * mask_BL.shape[1]
+        rows_N = (starts_B1 + order_BL).flatten()
+        ordered_BLD = embeds_BLD.flatten(0, 1).index_select(0, rows_N).view_as(embeds_BLD)
+        return ordered_BLD, mask_BL.take_along_dim(order_BL, 1)
