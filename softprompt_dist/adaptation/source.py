@@ -27,6 +27,7 @@ from softprompt_dist.backbone.load import (
     load_tokenizer,
     locate_backbone,
     model_config_of,
+    pieces_without_a_row,
 )
 from softprompt_dist.backbone.t5_v11 import initial_weights, t5_config
 from softprompt_dist.config import BackboneConfig
@@ -165,11 +166,11 @@ def _check_fits(config: AdaptConfig, source: Source) -> None:
             f"objective is {config.objective}, but {config.backbone or 'the model'} is {kind}. "
             f"Set objective to {fitting}, or another backbone."
         )
-    num_rows = source.hf_config.vocab_size
-    if len(source.tokenizer) > num_rows:
+    if beyond := pieces_without_a_row(source.tokenizer, source.hf_config):
         raise ConfigError(
-            f"The tokenizer has {len(source.tokenizer)} pieces, but the model's embedding only "
-            f"{num_rows} rows. Set `tokenizer` to the one that belongs to the model."
+            f"The tokenizer has {len(beyond)} pieces, such as {beyond[0]!r}, beyond the "
+            f"{source.hf_config.vocab_size} rows of the model's embedding. Set `tokenizer` to the "
+            "one that belongs to the model."
         )
 
 

@@ -20,6 +20,7 @@ from softprompt_dist.backbone.offload import assert_offload_possible
 from softprompt_dist.backbone.skeleton import Skeleton, build_skeleton
 from softprompt_dist.config import BackboneConfig
 from softprompt_dist.data.batching import Family
+from softprompt_dist.data.encoding import special_pieces
 from softprompt_dist.errors import BackboneError, SoftpromptError
 from softprompt_dist.parallel import ranks
 from softprompt_dist.parallel.deepspeed_start import start_deepspeed
@@ -59,7 +60,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer beside the weights.
 
     Raises:
-        BackboneError: none there, or unreadable.
+        BackboneError: none there, or unreadable, or with pieces that the backbone beside it lacks.
     """
     # Without these, transformers makes up a T5 tokenizer that knows hardly any piece.
     if not any(path for pattern in _VOCABULARIES for path in folder.glob(pattern)):
@@ -68,11 +69,35 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             "spiece.model. Copy the one that belongs to the backbone there."
         )
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # the tokenizers library raises plain Exception
         raise BackboneError(f"No usable tokenizer in {folder}: {error}") from error
+    if (folder / "config.json").is_file():
+        model_config = model_config_of(folder)
+        if beyond := pieces_without_a_row(tokenizer, model_config):
+            raise BackboneError(
+                f"The tokenizer in {folder} has {len(beyond)} pieces, such as {beyond[0]!r}, "
+                f"beyond the {model_config.vocab_size} rows of the embedding table (vocab_size "
+                "in config.json). Take the tokenizer that belongs to it, or save the model with "
+                "more rows (resize_token_embeddings of transformers)."
+            )
+    return tokenizer
+
+
+def pieces_without_a_row(tokenizer: PreTrainedTokenizerBase, model_config: Any) -> list[str]:
+    """Pieces that text or a recipe can ask for and whose ids the embedding table does not have.
+
+    Some decoder-only models have special pieces for images beyond it, which nothing here asks for.
+    """
+    vocabulary, num_rows = tokenizer.get_vocab(), getattr(model_config, "vocab_size", None)
+    beyond = [piece for piece, index in vocabulary.items() if num_rows and index >= num_rows]
+    if beyond and not model_config.is_encoder_decoder:
+        named = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
+        unused = special_pieces(tokenizer).difference(named)
+        beyond = [piece for piece in beyond if piece not in unused]
+    return sorted(beyond, key=vocabulary.__getitem__)
 
 
 def family_of(folder: Path) -> Family:

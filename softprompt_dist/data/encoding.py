@@ -64,7 +64,7 @@ class EncoderSpec:
             dtype="<u2" if size <= 1 << 16 else "<u4",
             vocabulary_size=size,
             backend=backend
-            and _without_special_pieces(backend.to_str(), tokenizer.all_special_tokens),
+            and _without_special_pieces(backend.to_str(), special_pieces(tokenizer)),
             tokenizer=tokenizer if backend is None else None,
         )
 
@@ -146,7 +146,13 @@ def _has_piece_across_words(backend: str, added_tokens: Sequence[dict[str, Any]]
     return any(" " in sought(token) for token in added_tokens)
 
 
-def _without_special_pieces(backend: str, named: Collection[str]) -> str:
+def special_pieces(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """All pieces that stand for no text."""
+    added = tokenizer.added_tokens_decoder.values()
+    return {*tokenizer.all_special_tokens, *(piece.content for piece in added if piece.special)}
+
+
+def _without_special_pieces(backend: str, special: Collection[str]) -> str:
     """The backend with names for its special pieces that no text has; and it cuts and pads nothing.
 
     `encode_special_tokens` alone is not enough: it keeps special pieces from being looked for, but
@@ -154,7 +160,6 @@ def _without_special_pieces(backend: str, named: Collection[str]) -> str:
     """
     state = json.loads(backend) | {"truncation": None, "padding": None, "post_processor": None}
     added, model = state["added_tokens"], state["model"]
-    special = {*named, *(token["content"] for token in added if token["special"])}
     # A single character is needed to write text.
     name_of = {piece: f"\ufdd0{n}" for n, piece in enumerate(sorted(special)) if len(piece) > 1}
     for token in added:

@@ -126,7 +126,7 @@ def test_a_tokenizer_larger_than_the_embedding(refused, tiny_t5):
         tokenizer=str(adaptations.TOKENIZER),
         objective="prefix_lm",
     )
-    assert_message(outcome, "The tokenizer has", "only 256 rows", "Set `tokenizer`")
+    assert_message(outcome, "The tokenizer has", "beyond the 256 rows", "Set `tokenizer`")
 
 
 @pytest.mark.parametrize("lacks", ["head", "gate"])

@@ -13,6 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from softprompt_dist import train
+from softprompt_dist.backbone.load import load_tokenizer
+from softprompt_dist.checks.job_files import check_backbone_files
+from softprompt_dist.config import BackboneConfig
+from softprompt_dist.errors import BackboneError
 from tests import runs
 from tests.messages import Said, assert_message
 
@@ -74,6 +78,40 @@ def test_weights_that_do_not_fit_their_config(
     arguments += ["--set", f"backbone.quantization={quantization}"]
     outcome = said(train.main, "--recipe", tiny_recipe, *arguments)
     assert_message(outcome, folder, *parts)
+
+
+def test_a_tokenizer_with_pieces_that_the_table_lacks(
+    said: Said, tiny_recipe: Path, folder: Path, tmp_path: Path
+) -> None:
+    tokenizer = runs.train_tokenizer()
+    num_unused = runs.VOCABULARY - len(tokenizer)
+    tokenizer.add_tokens([f"[{number}]" for number in range(num_unused)])
+    tokenizer.save_pretrained(folder)
+    assert load_tokenizer(folder).convert_tokens_to_ids("[0]") == runs.VOCABULARY - num_unused
+
+    tokenizer.add_tokens(["[one]", "[two]"])
+    tokenizer.save_pretrained(folder)
+    (folder / "model.safetensors").unlink()  # said before any weight is looked for
+    parts = ("has 2 pieces, such as '[one]'", f"beyond the {runs.VOCABULARY} rows", "Take the")
+    arguments = ["--set", f"backbone.path={folder}", "--run-dir", tmp_path / "run"]
+    assert_message(said(train.main, "--recipe", tiny_recipe, *arguments), folder, *parts)
+    config = BackboneConfig(path=str(folder))
+    told = {finding.name: finding.remedy for finding in check_backbone_files(folder, config)}
+    assert parts[0] in told["tokenizer"]
+
+
+def test_special_pieces_that_nothing_asks_for_need_no_row(tiny_llama: Path, tmp_path: Path) -> None:
+    """As the image pieces of decoder-only models that read text alone here."""
+    tokenizer = runs.train_tokenizer()
+    tokenizer.add_tokens([f"[{n}]" for n in range(runs.VOCABULARY - len(tokenizer))])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "llama"))
+    tokenizer.save_pretrained(folder)
+    assert load_tokenizer(folder).convert_tokens_to_ids("<image>") == runs.VOCABULARY
+    tokenizer.pad_token = "<image>"
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(BackboneError, match="has 1 pieces, such as '<image>'"):
+        load_tokenizer(folder)
 
 
 @pytest.mark.parametrize("missing_bytes", [1, 5000])
