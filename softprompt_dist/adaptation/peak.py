@@ -8,29 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from softprompt_dist.parallel import ranks
-from softprompt_dist.planning.machine import GPUS
+from softprompt_dist.planning.machine import gpu_of_device
 
 _SECONDS_OF_MEASURING = 0.3
 _CUDA_SIZE, _CPU_SIZE = 8192, 1024
 """Sides of the squares that are multiplied: large enough to reach the peak."""
-_LISTED = {
-    "NVIDIA A100-SXM4-40GB": "a100-40",
-    "NVIDIA A100-PCIE-40GB": "a100-40",
-    "NVIDIA A100-SXM4-80GB": "a100-80",
-    "NVIDIA A100 80GB PCIe": "a100-80",
-    "NVIDIA H100 80GB HBM3": "h100",
-    "NVIDIA H200": "h200",
-    "Tesla V100-SXM2-16GB": "v100-16",
-    "Tesla V100-SXM2-32GB": "v100-32",
-    "Tesla T4": "t4",
-    "NVIDIA L4": "l4",
-    "NVIDIA L40S": "l40s",
-    "NVIDIA A10": "a10",
-    "NVIDIA GeForce RTX 3090": "rtx3090",
-    "NVIDIA GeForce RTX 4090": "rtx4090",
-}
-"""A driver's whole name of a device -> its name in the planner. Whole: an `H100 PCIe`, an `A10G` or
-a slice of an H100 is slower than the device whose name it begins with."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +53,9 @@ def listed_peak(device_name: str, dtype: torch.dtype) -> float | None:
         device_name: as `torch.cuda.get_device_name` has it.
         dtype: of the matrix products. float32 has no figure where torch may use TF32 for it.
     """
-    if device_name not in _LISTED:
+    gpu = gpu_of_device(device_name)
+    if gpu is None:
         return None
-    gpu = GPUS[_LISTED[device_name]]
     if dtype == torch.bfloat16:
         return None if gpu.bf16_tflops is None else gpu.bf16_tflops * 1e12
     uses_tf32 = torch.get_float32_matmul_precision() != "highest"

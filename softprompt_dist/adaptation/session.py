@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -26,11 +27,14 @@ from softprompt_dist.lifecycle.preflight import preflight
 from softprompt_dist.lifecycle.vitals import Vitals
 from softprompt_dist.lifecycle.watchdog import doing
 from softprompt_dist.parallel import ranks, stop
+from softprompt_dist.parallel.groups import cpu_group_problem
 from softprompt_dist.recipe import to_yaml
 from softprompt_dist.run.directory import RunDirectory
 from softprompt_dist.run.environment import describe_environment
 from softprompt_dist.run.journal import Journal
 from softprompt_dist.run.metrics_file import usual_losses
+
+log = logging.getLogger(__name__)
 
 
 def adapt(
@@ -78,6 +82,7 @@ def adapt_stage(
     directory = RunDirectory(Path(str(config.run_directory)))
     directory.create(tunes=False)
     with doing("loading", config.health.slow_timeout_seconds):
+        in_background = config.checkpoint.background and _can_save_beside()
         run = _load(config, ds_config, attempt, must_resume)
         _look_ahead(run, directory)
     attempt.reopen()  # only now: a recipe that does not belong here leaves all as it was
@@ -87,7 +92,7 @@ def adapt_stage(
     ) as journal:
         saver = CheckpointSaver(
             _store(config, directory, attempt),
-            in_background=config.checkpoint.background,
+            in_background=in_background,
             say=journal.say,
             limit_seconds=config.health.slow_timeout_seconds,
         )
@@ -157,6 +162,19 @@ def _load(
         restore(run, found)
     stop.end_here_if_asked("reading the weights")
     return run
+
+
+def _can_save_beside() -> bool:
+    """All ranks: whether they can talk while NCCL does; before any weight is read."""
+    problem = cpu_group_problem()
+    if problem and ranks.is_main():
+        log.warning(
+            "Training will wait for each checkpoint: to write it in the background the ranks must "
+            "talk over gloo, and cannot (%s). Name an interface that all hosts reach with "
+            "GLOO_SOCKET_IFNAME, or set checkpoint.background=false.",
+            problem,
+        )
+    return not problem
 
 
 def _find_checkpoint(

@@ -9,30 +9,36 @@ import argparse
 import dataclasses
 import json
 import os
+import socket
 import statistics
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from softprompt_dist.backbone.cell import Cluster
 from softprompt_dist.checks.finding import Finding
 from softprompt_dist.checks.preflight import check_devices
 from softprompt_dist.durable import replace_file
 from softprompt_dist.errors import MachineError
 from softprompt_dist.parallel import ranks
+from softprompt_dist.parallel.groups import cpu_group_problem
 from softprompt_dist.parallel.join import join_world, leave_world
 from softprompt_dist.parallel.verb import run_verb
+from softprompt_dist.planning.machine import Machine, gpu_of_device
 
-PAYLOAD_BYTES = 8 * 2**20
-"""Of the tensor whose speed is measured: a large prompt's gradient, a small block's weights."""
-
-_SLOW = 0.1e9
+_BYTES_ON_CPU, _BYTES_ON_GPU = 8 * 2**20, 400 * 2**20
+"""Of the tensor whose speed is measured: a large prompt's gradient; a block of an 11B model."""
+_SLOW_ON_CPU = 0.1e9
+_SLOW_SHARE = 0.5
+"""Of the speed that `softprompt plan` counts on."""
 _REPETITIONS = 5
 _LATENCY_REPETITIONS = 20
 _RANK_ZERO_FIRST_SECONDS = 30.0
@@ -85,36 +91,96 @@ def _give_up(seconds: float) -> None:
     os._exit(1)
 
 
+@dataclass(frozen=True)
+class Speed:
+    """Of one collective, as one rank measured it."""
+
+    num_ranks: int
+    payload: int
+    """Bytes of the whole tensor."""
+    received: float
+    """Bytes a second that reach each rank."""
+    seconds: float
+    latency: float
+    """Seconds for one number."""
+
+
+def expected_bytes_per_second(device_name: str, num_nodes: int) -> float | None:
+    """What `softprompt plan` lets a rank receive; None where it knows nothing of such devices."""
+    gpu = gpu_of_device(device_name)
+    if gpu is None:
+        return None
+    machine = Machine(gpu, Cluster(1, num_nodes))
+    return machine.reduce_gb_per_second * 1e9
+
+
+def judge_speed(name: str, speed: Speed, expected: float | None) -> Finding:
+    """Whether a collective is as fast as a run needs it.
+
+    Args:
+        name: of the collective.
+        speed: as it was measured.
+        expected: bytes a second that a rank should receive; None: no GPU that is known.
+    """
+    found = (
+        f"{speed.num_ranks} ranks: {speed.payload / 2**20:.0f} MiB in {speed.seconds * 1e3:.1f} ms,"
+        f" {speed.received / 1e9:.2f} GB/s to each rank, latency {speed.latency * 1e6:.0f} us"
+    )
+    if expected is not None:
+        found += f"; `softprompt plan` counts on {expected / 1e9:.0f} GB/s"
+    slow = _SLOW_ON_CPU if expected is None else _SLOW_SHARE * expected
+    if speed.received >= slow:
+        return Finding(name, "ok", found)
+    remedy = (
+        "Slow: other programs hold the cores, or the network is not the fast one (name it with "
+        "NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME; NCCL_DEBUG=INFO says which one NCCL takes). A "
+        "sharded backbone moves all its weights twice a step; hold it replicated if it fits, or "
+        "plan with --link-gb-per-second and --network-gb-per-second."
+    )
+    return Finding(name, "warn", found, remedy)
+
+
 def _try_collectives() -> list[Finding]:
     """All ranks: one finding for each collective."""
-    if ranks.world_size() == 1:
+    num_ranks = ranks.world_size()
+    if num_ranks == 1:
         return [Finding("communication", "ok", "1 rank: nothing to move; try --ranks 2")]
-    size = PAYLOAD_BYTES // 4
+    payload = _BYTES_ON_GPU if ranks.device().type == "cuda" else _BYTES_ON_CPU
+    share = payload * (num_ranks - 1) / num_ranks  # what a rank lacks of the whole
+    num_nodes = len(set(ranks.gather_objects(socket.gethostname())))
+    expected = expected_bytes_per_second(ranks.device_name(), num_nodes)
+
+    def tried(
+        name: str, move: Callable[[Tensor], object], size: int, moved: float, is_right: bool
+    ) -> Finding:
+        latency = _seconds(move, 1, _LATENCY_REPETITIONS)
+        seconds = _seconds(move, size, _REPETITIONS)  # on every rank, also where values are wrong
+        speed = Speed(num_ranks, payload, moved / seconds, seconds, latency)
+        return judge_speed(name, speed, expected) if is_right else _wrong(name)
+
+    size = payload // 4
     return [
-        _tried("all-reduce", ranks.all_reduce_sum, size, _sum_is_right()),
-        _tried("all-gather", _all_gather, size // ranks.world_size(), _gathered_are_right()),
+        # Each number is received once to be summed, and once as a sum.
+        tried("all-reduce", ranks.all_reduce_sum, size, 2 * share, _sum_is_right()),
+        tried("all-gather", _all_gather, size // num_ranks, share, _gathered_are_right()),
+        _background_saves(),
     ]
 
 
-def _tried(name: str, move: Callable[[Tensor], object], size: int, right: bool) -> Finding:
-    """All ranks: latency with one number, bandwidth with `size` numbers of each rank."""
-    if not right:
-        remedy = "The ranks' communication is broken: compare the nodes' drivers and libraries."
-        return Finding(name, "fail", "wrong values", remedy)
-    latency = _seconds(move, 1, _LATENCY_REPETITIONS)
-    seconds = _seconds(move, size, _REPETITIONS)
-    found = (
-        f"{ranks.world_size()} ranks: {PAYLOAD_BYTES / 2**20:.0f} MiB in {seconds * 1e3:.1f} ms = "
-        f"{PAYLOAD_BYTES / seconds / 1e9:.2f} GB/s, latency {latency * 1e6:.0f} us"
+def _wrong(name: str) -> Finding:
+    remedy = "The ranks' communication is broken: compare the nodes' drivers and libraries."
+    return Finding(name, "fail", "wrong values", remedy)
+
+
+def _background_saves() -> Finding:
+    problem = cpu_group_problem()
+    if not problem:
+        return Finding("gloo", "ok", "adaptations can save in the background")
+    remedy = (
+        "Adaptations will wait for each checkpoint. Name an interface that all hosts reach with "
+        "GLOO_SOCKET_IFNAME."
     )
-    if PAYLOAD_BYTES / seconds < _SLOW:
-        remedy = (
-            "Slow: other programs hold the cores, or the network is not the fast one (name it with "
-            "NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME). A sharded backbone moves all its weights "
-            "twice a step; hold it replicated if it fits."
-        )
-        return Finding(name, "warn", found, remedy)
-    return Finding(name, "ok", found)
+    return Finding("gloo", "warn", problem, remedy)
 
 
 def _seconds(move: Callable[[Tensor], object], size: int, repetitions: int) -> float:

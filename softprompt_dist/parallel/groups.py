@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from datetime import timedelta
 from typing import Literal
 
 import torch.distributed as dist
@@ -11,6 +12,8 @@ import torch.distributed as dist
 from softprompt_dist.errors import MachineError
 from softprompt_dist.parallel import ranks
 from softprompt_dist.parallel.join import local_world_size
+
+_PROBE = timedelta(seconds=60)
 
 
 def shard_group(kind: Literal["world", "node"]) -> dist.ProcessGroup | None:
@@ -31,6 +34,25 @@ def shard_group(kind: Literal["world", "node"]) -> dist.ProcessGroup | None:
         if ranks.rank() in members:
             mine = group
     return mine
+
+
+def cpu_group_problem() -> str:
+    """All ranks: why they cannot have a group for tensors on the CPU; empty if they can.
+
+    Beside NCCL it has a network of its own to find: gloo takes the interface of the host's name.
+    """
+    if ranks.world_size() == 1:
+        return ""
+    problem, group = "", None
+    try:
+        group = dist.new_group(backend="gloo", timeout=_PROBE)
+        dist.barrier(group)
+    except RuntimeError as error:
+        problem = f"rank {ranks.rank()} on {socket.gethostname()}: {str(error).splitlines()[0]}"
+    problems = [said for said in ranks.gather_objects(problem) if said]
+    if group is not None:
+        dist.destroy_process_group(group)
+    return problems[0] if problems else ""
 
 
 def _node_size() -> int:

@@ -41,6 +41,25 @@ GPUS = {
     "rtx4090": Gpu(25.2, 165, 82, 1008, 18, 20),
 }
 """SXM boards where there are several; A100 and up, V100: NVLink; the rest: PCIe."""
+_DEVICES = {
+    "NVIDIA A100-SXM4-40GB": "a100-40",
+    "NVIDIA A100-PCIE-40GB": "a100-40",
+    "NVIDIA A100-SXM4-80GB": "a100-80",
+    "NVIDIA A100 80GB PCIe": "a100-80",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+    "Tesla V100-SXM2-16GB": "v100-16",
+    "Tesla V100-SXM2-32GB": "v100-32",
+    "Tesla T4": "t4",
+    "NVIDIA L4": "l4",
+    "NVIDIA L40S": "l40s",
+    "NVIDIA A10": "a10",
+    "NVIDIA GeForce RTX 3090": "rtx3090",
+    "NVIDIA GeForce RTX 4090": "rtx4090",
+}
+"""A driver's whole name of a device -> its name above. Whole: an `H100 PCIe`, an `A10G` or
+a slice of an H100 is slower than the device whose name it begins with."""
+NETWORK_GB_PER_SECOND = 22.0
 DEFAULT_GPU = "a100-40"
 
 
@@ -50,7 +69,7 @@ class Machine:
 
     gpu: Gpu
     cluster: Cluster
-    network_gb_per_second: float = 22.0
+    network_gb_per_second: float = NETWORK_GB_PER_SECOND
     """What one device receives from other nodes while all do; 22 is 200 Gb/s for each."""
     disk_gb_per_second: float = 2.0
     """One node reads."""
@@ -69,6 +88,12 @@ class Machine:
         several = self.cluster.nodes > 1
         network = self.network_gb_per_second if several else float("inf")
         return min(self.gpu.link_gb_per_second, network)
+
+
+def gpu_of_device(device_name: str) -> Gpu | None:
+    """The device that `torch.cuda.get_device_name` calls so; None where there are no numbers."""
+    name = _DEVICES.get(device_name)
+    return GPUS[name] if name else None
 
 
 def gpu_named(name: str) -> Gpu:

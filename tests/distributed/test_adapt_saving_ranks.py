@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from softprompt_dist.adaptation import run as adaptation_run
 from softprompt_dist.adaptation.checkpoint import AdaptationCheckpointStore
 from softprompt_dist.errors import SoftpromptError
 from softprompt_dist.lifecycle import ownership
-from softprompt_dist.parallel import ranks, stop
+from softprompt_dist.parallel import groups, ranks, stop
 from tests import adaptations
 from tests.adaptations import assert_same
 from tests.damage import disk_full, names
@@ -282,3 +283,17 @@ def test_a_signal_to_one_rank_ends_both_alike(outcomes, recipe_of, when, said, s
     assert outcomes[when][1] == [f"step-0000000{step}" for step in steps]
     assert outcomes[f"{when} again"][0] == "done"
     assert_as_undisturbed(outcomes, recipe_of, when)
+
+
+def try_a_group(broken_on):
+    groups._PROBE = timedelta(seconds=5)
+    if ranks.rank() == broken_on:
+        os.environ["GLOO_SOCKET_IFNAME"] = "none-of-that-name"
+    return groups.cpu_group_problem()
+
+
+def test_a_network_that_gloo_cannot_use_is_known_to_all_ranks(run_on_ranks):
+    assert run_on_ranks(try_a_group, 2, broken_on=None) == ["", ""]
+    first, second = run_on_ranks(try_a_group, 2, broken_on=1)
+    assert first == second
+    assert first.startswith("rank ")

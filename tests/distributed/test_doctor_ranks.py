@@ -8,7 +8,9 @@ import sys
 import launch
 
 VERB = "softprompt_dist.doctor"
-COLLECTIVES = r"^(ok|warn) +{name} +2 ranks: 8 MiB in [\d.]+ ms = [\d.]+ GB/s, latency \d+ us$"
+COLLECTIVES = (
+    r"^(ok|warn) +{name} +2 ranks: 8 MiB in [\d.]+ ms, [\d.]+ GB/s to each rank, latency \d+ us$"
+)
 
 
 def doctor(*arguments, env=None):

@@ -239,3 +239,28 @@ def test_without_the_background_no_copy_is_made(make_config, monkeypatch):
     session.adapt(expected)
     ours, theirs = (adaptations.exported(c.run_directory) for c in (config, expected))
     assert_same(ours, theirs)
+
+
+def test_where_gloo_cannot_connect_saves_are_made_in_the_foreground(
+    make_config, monkeypatch, caplog
+):
+    def no_network():
+        monkeypatch.setattr(session, "_load", lambda *given: loaded(*given))
+        return "rank 1 on n2: no route"
+
+    load, order = session._load, []
+    monkeypatch.setattr(session, "_load", lambda *_: pytest.fail("loaded before it was tried"))
+    monkeypatch.setattr(session, "cpu_group_problem", no_network)
+
+    def loaded(*given):
+        order.append(caplog.text)
+        return load(*given)
+
+    monkeypatch.setattr(
+        "softprompt_dist.adaptation.saving.HostCopy.of", lambda *_: pytest.fail("copied")
+    )
+    config = make_config(checkpoint={"every_steps": 2, "keep_last": 2, "background": True})
+    session.adapt(config)
+    assert saved(config) == STEPS
+    assert "rank 1 on n2: no route" in order[0]
+    assert "GLOO_SOCKET_IFNAME" in order[0]

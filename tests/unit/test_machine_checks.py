@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from softprompt_dist.checks import builds, disk, machine, software
+from softprompt_dist.checks.communication import Speed, expected_bytes_per_second, judge_speed
 from softprompt_dist.checks.finding import Finding
 from softprompt_dist.checks.software import (
     TESTED_BITSANDBYTES,
@@ -217,3 +218,23 @@ def test_reading_tells_how_long_all_of_it_takes(
     assert "from the page cache, so the disk itself may be slower: 1.0 s for all" in found.found
     speed = 1e3
     assert disk.check_read_speed("backbone speed", files)[0].status == "warn"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "received", "status"),
+    [(1, 300e9, "ok"), (1, 20e9, "warn"), (2, 20e9, "ok"), (2, 1.2e9, "warn")],
+)
+def test_gpus_are_held_to_the_speed_that_the_planner_counts_on(
+    nodes: int, received: float, status: str
+) -> None:
+    expected = expected_bytes_per_second("NVIDIA H100 80GB HBM3", nodes)
+    assert expected == {1: 360e9, 2: 22e9}[nodes]
+    speed = Speed(8, 400 * 2**20, received, seconds=0.01, latency=1e-5)
+    assert statuses([judge_speed("all-gather", speed, expected)]) == {"all-gather": status}
+
+
+def test_a_device_without_numbers_is_slow_only_where_anything_would_be() -> None:
+    assert expected_bytes_per_second("cpu", 1) is None
+    for received, status in ((0.2e9, "ok"), (0.05e9, "warn")):
+        speed = Speed(2, 8 * 2**20, received, seconds=0.01, latency=1e-5)
+        assert judge_speed("all-reduce", speed, None).status == status
