@@ -4,7 +4,7 @@ DeepSpeed's launcher spells the flag `--module` and refuses `-m`. SIGUSR1 and SI
 and SIGTERM would end it alone, while the ranks go on with nobody to wait for them.
 `softprompt_dist_launcher.pth`, installed beside this package, is read at every start of Python;
 only if the program is called `deepspeed` does it call `prepare` here, before the launcher reads its
-arguments.
+arguments; and what launches no module of this package, `prepare` leaves as it is.
 """
 
 from __future__ import annotations
@@ -21,9 +21,14 @@ FLAGS = frozenset(
 
 
 def prepare(argv: list[str]) -> None:
-    """All that the launcher needs before it begins."""
-    spell_module_flag_as_deepspeed_does(argv)
-    let_ranks_save()
+    """All that the launcher needs before it begins, if it is to launch a module of this package."""
+    spelled = list(argv)
+    spell_module_flag_as_deepspeed_does(spelled)
+    start = _end_of_options(spelled)
+    module = "".join(spelled[start : start + 1]) if "--module" in spelled[:start] else ""
+    if module.startswith("softprompt_dist."):
+        argv[:] = spelled
+        let_ranks_save()
 
 
 def let_ranks_save() -> None:
@@ -53,11 +58,16 @@ def spell_module_flag_as_deepspeed_does(argv: list[str]) -> None:
     The launcher's options end at the first word that is neither an option nor an option's value:
     the script or module. What follows belongs to the user's program and is left alone.
     """
+    end = _end_of_options(argv)
+    if argv[end : end + 1] == ["-m"]:
+        argv[end] = "--module"
+
+
+def _end_of_options(argv: list[str]) -> int:
+    """Where the launcher's own options end, or an `-m` among them stands."""
     position = 1
-    while position < len(argv) and argv[position].startswith("-"):
+    while position < len(argv) and argv[position].startswith("-") and argv[position] != "-m":
         option, following = argv[position], argv[position + 1 : position + 2]
-        if option == "-m":
-            argv[position] = "--module"
-            return
-        has_value_apart = option not in FLAGS and "=" not in option and following != ["-m"]
-        position += 2 if has_value_apart else 1
+        is_flag = option in FLAGS or following in (["-m"], ["--module"])
+        position += 1 if is_flag or "=" in option else 2
+    return position

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 
 import pytest
 
@@ -41,6 +43,44 @@ def test_everything_else_is_left_alone(typed: str) -> None:
     argv = ["deepspeed", *typed.split()]
     spell_module_flag_as_deepspeed_does(argv)
     assert argv[1:] == typed.split()
+
+
+LAUNCHED = """
+import signal, sys
+from softprompt_dist import launcher
+before = [signal.getsignal(n) for n in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)]
+launcher.prepare(sys.argv)
+after = [signal.getsignal(n) for n in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)]
+print(before == after, *sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("typed", "is_left_alone", "understood"),
+    [
+        (
+            "--num_gpus 2 -m softprompt_dist.train -m x",
+            False,
+            "--module softprompt_dist.train -m x",
+        ),
+        ("--module --num_gpus 2 softprompt_dist.train", False, "2 softprompt_dist.train"),
+        ("--num_gpus 2 -m theirs.train softprompt_dist.train", True, "-m theirs.train"),
+        (
+            "--num_gpus 2 train.py -m softprompt_dist.train",
+            True,
+            "train.py -m softprompt_dist.train",
+        ),
+        ("-m softprompt_distant.train", True, "-m softprompt_distant.train"),
+        ("--num_gpus 2", True, "--num_gpus 2"),
+    ],
+)
+def test_only_launches_of_this_package_are_prepared(
+    typed: str, is_left_alone: bool, understood: str
+) -> None:
+    command = [sys.executable, "-c", LAUNCHED, *typed.split()]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert said.startswith(f"{is_left_alone} ")
+    assert understood in said
 
 
 def test_deepspeed_understands_and_has_the_flags_we_know(monkeypatch: pytest.MonkeyPatch) -> None:
