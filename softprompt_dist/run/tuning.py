@@ -34,6 +34,7 @@ from softprompt_dist.prompt.initialise import initialise_prompt
 from softprompt_dist.prompt.module import SoftPrompt
 from softprompt_dist.run.loaded_task import LoadedTask, Split, TextReader, read_task
 from softprompt_dist.run.optimizer import build_optimizer
+from softprompt_dist.run.random_state import derived_random_state, restore_random_state
 from softprompt_dist.run.room import assert_room
 from softprompt_dist.run.scoring import Prediction, Scorer, pad_id_of
 from softprompt_dist.run.transfer import transfer_target
@@ -212,7 +213,8 @@ def build_tuning_run(config: TuneConfig, ds_config: dict[str, Any] | None = None
     """
     ranks.together(lambda: check_world(config, ranks.world_size()))
     bench = build_bench(config, ds_config, for_tuning=True)
-    torch.manual_seed(config.seed + ranks.rank())
+    rank, world_size = ranks.rank(), ranks.world_size()
+    restore_random_state(derived_random_state(config.seed, 0, rank, world_size))
     prompt = SoftPrompt(_initial_prompt(bench)).to(ranks.device())
     num_examples = [len(task.splits["train"].texts) for task in bench.tasks]
     run = TuningRun(

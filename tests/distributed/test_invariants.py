@@ -42,6 +42,23 @@ def nudge_on_rank_1(tensor):
                 first.add_(1)
 
 
+def draw_of_two_seeds(recipe):
+    """What dropout would be drawn from, by a run of seed 0 and by one of seed 1."""
+    drawn = []
+    for seed in (0, 1):
+        build_tuning_run(load_recipe(TuneConfig, recipe, [f"seed={seed}"]))
+        drawn.append(torch.rand(4).tolist())
+    return drawn
+
+
+def test_no_rank_of_a_seed_draws_what_another_seed_s_does(run_on_ranks, tiny_recipe):
+    first, second = run_on_ranks(draw_of_two_seeds, 2, recipe=tiny_recipe)
+    drawn = [tuple(numbers) for numbers in (*first, *second)]
+    assert len(set(drawn)) == 4
+    again, _ = run_on_ranks(draw_of_two_seeds, 2, recipe=tiny_recipe)
+    assert again == first
+
+
 def break_prompt_equality(recipe, folder):
     run = build_tuning_run(load_recipe(TuneConfig, recipe))
     store = CheckpointStore(f"{folder}/store", keep_last=1)
