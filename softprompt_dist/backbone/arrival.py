@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from softprompt_dist.backbone.base import Backbone
-from softprompt_dist.backbone.flat_weights import FrozenBlock, Slot, row_ranges
+from softprompt_dist.backbone.flat_weights import Slot, held_part, row_ranges
 from softprompt_dist.backbone.inventory import Inventory
 from softprompt_dist.errors import BackboneError
 from softprompt_dist.parallel import ranks
@@ -93,29 +91,18 @@ def _state(backbone: Backbone, inventory: Inventory) -> dict[str, tuple[int, int
         name = inventory.skeleton.embedding
         state[name] = (1, int(not _same_rows(table_VD, inventory, inventory.stored[name])))
     for block in counted(list(backbone.blocks()), "checking the weights", "layers"):
-        with _part(block) as (part, first_byte):
+        with held_part(block.flat) as part:
             for slot in block.slots:
-                sums = slot_sums(slot, part, first_byte)
+                sums = slot_sums(slot, part, _first_byte(block.flat))
                 state[slot.name] = (sums[0], int(sums != inventory.sums.get(slot.name)))
     return state
 
 
-@contextmanager
-def _part(block: FrozenBlock) -> Iterator[tuple[Tensor, int]]:
-    """What this rank holds of a block, and the first byte of it."""
-    flat: Any = block.flat
+def _first_byte(flat: Any) -> int:
+    """Of this rank's part of a block."""
     if not hasattr(flat, "ds_tensor"):
-        yield flat.detach(), 0
-        return
-    first_byte = flat.ds_zero_partition_rank * flat.ds_tensor.ds_numel
-    on_disk = flat.ds_tensor.status.name == "NOT_AVAILABLE"
-    if on_disk:
-        flat.nvme_swapper.swap_in([flat], async_op=False)
-    try:
-        yield flat.ds_tensor.detach(), first_byte
-    finally:
-        if on_disk:
-            flat.nvme_swapper.remove_partition_and_release_buffers([flat])
+        return 0
+    return int(flat.ds_zero_partition_rank * flat.ds_tensor.ds_numel)
 
 
 def _same(held: Tensor, stored: Tensor) -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from softprompt_dist.backbone.embedding import FrozenEmbedding
-from softprompt_dist.backbone.flat_weights import FrozenBlock
+from softprompt_dist.backbone.flat_weights import FrozenBlock, held_part
 from softprompt_dist.backbone.traffic import Traffic
 from softprompt_dist.data.batching import Family, TokenBatch
 
@@ -175,17 +175,26 @@ class Backbone(nn.Module, ABC):
         """The parts that are brought in and let go as a whole."""
         return (m for m in self.model.modules() if isinstance(m, FrozenBlock))
 
-    def held_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and value of all weights that this rank holds; under ZeRO-3 its parts."""
-        for name, parameter in self.named_parameters():
-            yield name, getattr(parameter, "ds_tensor", parameter).detach()
+    def tensors(self) -> dict[str, Tensor]:
+        """Name -> every parameter and buffer, also those inside blocks, which `modules()` hides."""
+        blocks = [(n, m) for n, m in self.named_modules() if isinstance(m, FrozenBlock)]
+        found: dict[str, Tensor] = {}
+        for root, module in [("", self), *((n, block.computation) for n, block in blocks)]:
+            prefix = f"{root}." if root else ""
+            held = (*module.named_parameters(), *module.named_buffers())
+            found |= {f"{prefix}{name}": tensor for name, tensor in held}
         if self.engine_config is None:  # else it is the checkpoint's own file, mapped
-            yield "embedding", self.embedding.table_VD
-        yield from self.model.named_buffers()
-        for name, module in self.model.named_modules():
-            if isinstance(module, FrozenBlock):
-                for inner, buffer in module.hidden_buffers():
-                    yield f"{name}.{inner}", buffer
+            found["embedding"] = self.embedding.table_VD
+        return found
+
+    def held_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and value of all that this rank holds; under ZeRO-3 its parts.
+
+        A part that lies on a disk is in memory until the next one is asked for.
+        """
+        for name, tensor in self.tensors().items():
+            with held_part(tensor) as held:
+                yield name, held
 
     def embed(self, ids_N: Tensor) -> Tensor:
         """Rows of the embedding table, [N, D] in fp32."""

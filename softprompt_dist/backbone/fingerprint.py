@@ -12,7 +12,7 @@ from softprompt_dist.backbone.base import Backbone
 from softprompt_dist.backbone.checkpoint_reader import CheckpointReader
 from softprompt_dist.errors import InvariantError
 from softprompt_dist.parallel import ranks
-from softprompt_dist.progress import counted
+from softprompt_dist.progress import phase
 
 IDENTITY_KEY = "softprompt_identity"
 """In the header of a converted checkpoint: the identity of what it was made from."""
@@ -59,11 +59,12 @@ def _samples(reader: CheckpointReader, name: str) -> Iterable[Tensor]:
 @torch.no_grad()
 def local_checksum(backbone: Backbone) -> str:
     """Checksum over every bit of the weights that this rank holds (its parts under ZeRO-3)."""
-    digest = hashlib.sha256()
-    held_tensors = sorted(backbone.held_tensors())
-    for name, held in counted(held_tensors, "summing up the weights", "tensors"):
-        digest.update(f"{name}{_sums_of_bits(held)}".encode())
-    return digest.hexdigest()
+    sums = {}
+    with phase("summing up the weights", len(backbone.tensors()), "tensors") as told:
+        for name, held in backbone.held_tensors():
+            sums[name] = _sums_of_bits(held)
+            told.advance()
+    return hashlib.sha256(repr(sorted(sums.items())).encode()).hexdigest()
 
 
 def assert_unchanged(backbone: Backbone, checksum_before: str) -> None:

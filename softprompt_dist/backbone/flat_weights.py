@@ -9,6 +9,7 @@ brings a block in, its result is used in place, and DeepSpeed's bookkeeping is p
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,6 +149,20 @@ class FrozenBlock(nn.Module):
         """Of all slots together."""
         return self.slots[-1].end if self.slots else 0
 
-    def hidden_buffers(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and value of what the computation holds besides the slots, whole on every rank."""
-        yield from self.computation.named_buffers()
+
+@contextmanager
+def held_part(tensor: Any) -> Iterator[Tensor]:
+    """What this rank holds of a tensor: all of it, or its part, brought in from the disk."""
+    if not hasattr(tensor, "ds_tensor"):
+        yield tensor.detach()
+        return
+    if tensor.ds_tensor.status.name == "INFLIGHT":
+        tensor.nvme_swapper.synchronize_reads()
+    on_disk = tensor.ds_tensor.status.name == "NOT_AVAILABLE"
+    if on_disk:  # DeepSpeed has put a constant in its place
+        tensor.nvme_swapper.swap_in([tensor], async_op=False)
+    try:
+        yield tensor.ds_tensor.detach()
+    finally:
+        if on_disk:
+            tensor.nvme_swapper.remove_partition_and_release_buffers([tensor])

@@ -235,7 +235,7 @@ def assert_only_prompt_trains(run: TuningRun) -> None:
     Raises:
         InvariantError: naming the weights that would train.
     """
-    trainable = [name for name, p in run.backbone.named_parameters() if p.requires_grad]
+    trainable = [name for name, t in run.backbone.tensors().items() if t.requires_grad]
     prompt = run.prompt.weight
     if trainable or not prompt.requires_grad or prompt.dtype != torch.float32:
         raise InvariantError(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from softprompt_dist.backbone.fingerprint import assert_unchanged
+from softprompt_dist.backbone.fingerprint import assert_unchanged, local_checksum
 from softprompt_dist.config import TuneConfig
 from softprompt_dist.errors import SoftpromptError
 from softprompt_dist.parallel import ranks
@@ -87,8 +87,14 @@ def break_frozenness(recipe, ds_config):
         )
         said[f"{sharding}, frozen"] = caught(lambda r=run: assert_only_prompt_trains(r))
         stray = torch.nn.Parameter(torch.ones(2))
-        run.backbone.model.encoder.block[0].register_parameter("stray", stray)
+        # Where modules() does not look, and where adapters of all kinds would be put.
+        run.backbone.model.encoder.block[0].computation.layer[0].stray = stray
         said[f"{sharding}, trainable"] = caught(lambda r=run: assert_only_prompt_trains(r))
+        checksum = local_checksum(run.backbone)
+        nudge_on_rank_1(stray)
+        said[f"{sharding}, stray moved"] = caught(
+            lambda r=run, c=checksum: assert_unchanged(r.backbone, c)
+        )
     return said
 
 
@@ -145,9 +151,10 @@ def test_a_backbone_that_moved_is_named_with_its_rank(broken, sharding):
     for rank in (0, 1):
         said = broken["both"][rank]["frozen"]
         assert said[f"{sharding}, still"] is None
-        kind, text, on_all_ranks = said[f"{sharding}, moved"]
-        assert (kind, on_all_ranks) == ("InvariantError", True)
-        assert "changed on ranks [1]" in text
+        for what in ("moved", "stray moved"):
+            kind, text, on_all_ranks = said[f"{sharding}, {what}"]
+            assert (kind, on_all_ranks) == ("InvariantError", True)
+            assert "changed on ranks [1]" in text
 
 
 @pytest.mark.parametrize("sharding", ["replicated", "zero3"])
@@ -157,7 +164,7 @@ def test_only_the_prompt_may_train(broken, sharding):
         assert said[f"{sharding}, frozen"] is None
         kind, text, _ = said[f"{sharding}, trainable"]
         assert kind == "InvariantError"
-        assert "model.encoder.block.0.stray" in text
+        assert "model.encoder.block.0.layer.0.stray" in text
 
 
 def test_a_run_whose_backbone_moved_has_no_result(broken):

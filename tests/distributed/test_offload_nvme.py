@@ -1,10 +1,17 @@
 """Parts of blocks that lie on a disk: DeepSpeed writes and reads them, byte for byte."""
 
+from pathlib import Path
+
 import cells
 import pytest
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
+from softprompt_dist.backbone.fingerprint import assert_unchanged, local_checksum
+from softprompt_dist.backbone.load import load_backbone
+from softprompt_dist.config import BackboneConfig
+from softprompt_dist.errors import InvariantError
+from softprompt_dist.parallel import ranks
 from tests.models import make_t5, save_model
 
 SMALLEST_ON_DISK = 2**20
@@ -33,6 +40,30 @@ def large_t5():
     model = T5ForConditionalGeneration(config)
     model.lm_head.weight = torch.nn.Parameter(torch.randn(128, 256) * 256**-0.5)
     return model
+
+
+def change_a_file(path, offload_path):
+    """What every rank says of its checksum before and after rank 1's parts have changed."""
+    config = BackboneConfig(
+        path=path, sharding="zero3", offload="nvme", offload_path=offload_path, dtype="fp32"
+    )
+    backbone = load_backbone(config)
+    before = local_checksum(backbone)
+    assert_unchanged(backbone, before)
+    ranks.gather_objects(None)  # no rank reads any longer
+    if ranks.rank() == 1:
+        [file, *_] = sorted(Path(offload_path).rglob("rank1/*.swp"))
+        with file.open("r+b") as opened:
+            opened.seek(5000)
+            byte = opened.read(1)[0]
+            opened.seek(5000)
+            opened.write(bytes([byte ^ 1]))
+    ranks.gather_objects(None)
+    try:
+        assert_unchanged(backbone, before)
+    except InvariantError as error:
+        return str(error)
+    return None
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +100,17 @@ def test_parts_on_a_disk_change_nothing(found, model, mode):
     expected = cells.gradients(found[model], mode, 2)
     on_disk = cells.gradients(found[model], f"{mode}-nvme", 2)
     assert float((on_disk - expected).norm() / expected.norm()) <= 1e-6
+
+
+def test_a_byte_that_changes_on_the_disk_is_noticed(found, run_functions):
+    both = run_functions(
+        change_a_file,
+        2,
+        path=str(found["large"]),
+        offload_path=str(found["large"].parent / "changed"),
+        timeout=120,
+    )
+    assert all("changed on ranks [1]" in said for said in both)
 
 
 @pytest.mark.parametrize(("mode", "bytes_each"), [("fp32", 4), ("int8", 1)])

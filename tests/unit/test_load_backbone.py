@@ -150,7 +150,7 @@ def test_a_matrix_that_lost_a_bit_is_named(tiny_t5: Path, name: str) -> None:
 )
 def test_a_small_tensor_that_lost_a_value_is_named(tiny_t5: Path, name: str) -> None:
     def lose(backbone: Backbone) -> None:
-        dict(backbone.held_tensors())[name].view(-1)[5] += 1e-3
+        backbone.tensors()[f"model.{name}"].view(-1)[5] += 1e-3
 
     assert_arrival_notices(tiny_t5, name, lose)
 
