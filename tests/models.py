@@ -55,6 +55,7 @@ CAUSAL: dict[str, dict[str, Any]] = {
         "intermediate_size_mlp": 40,
     },
     "SmolLM3": {},
+    "Apertus": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     "StableLm": {"sliding_window": 6},  # which this kind does not heed
     "Granite": {"embedding_multiplier": 3.0, "logits_scaling": 2.0},
 }

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
@@ -22,6 +24,7 @@ from softprompt_dist.adaptation.fragments import Layout
 from softprompt_dist.adaptation.model_card import SAID_OF_STAGES
 from softprompt_dist.adaptation.sharded_files import read_into
 from softprompt_dist.backbone.checkpoint_reader import CheckpointReader
+from softprompt_dist.backbone.inventory import take_inventory
 from softprompt_dist.backbone.load import (
     DROPOUT_NAMES,
     load_tokenizer,
@@ -29,6 +32,7 @@ from softprompt_dist.backbone.load import (
     model_config_of,
     pieces_without_a_row,
 )
+from softprompt_dist.backbone.skeleton import build_skeleton
 from softprompt_dist.backbone.t5_v11 import initial_weights, t5_config
 from softprompt_dist.config import BackboneConfig
 from softprompt_dist.errors import BackboneError, ConfigError
@@ -36,8 +40,7 @@ from softprompt_dist.parallel import ranks
 
 HISTORY = "adaptation.json"
 """In an exported folder: the stages that it went through."""
-_EMBEDDING, _HEAD = "shared.weight", "lm_head.weight"
-_ENCODER_EMBEDDING = "encoder.embed_tokens.weight"
+_HEAD = "lm_head.weight"
 _EMBEDDING_ROWS_MULTIPLE = 64
 
 
@@ -175,18 +178,33 @@ def _check_fits(config: AdaptConfig, source: Source) -> None:
 
 
 def _stored_names(folder: Path, layout: Layout, hf_config: PretrainedConfig) -> dict[str, str]:
-    """Names of ours that the checkpoint has under others: older ones, or without the prefix."""
+    """Name in the model -> name in the checkpoint, where it is another."""
     reader = CheckpointReader(folder)
-    stored = reader.shapes.keys()
-    reader.close()
-    found = {}
-    for name in (fragment.name for _, fragment in layout.fragments()):
-        bare = name.split(".", 1)[-1]
-        if name == _EMBEDDING and name not in stored and _ENCODER_EMBEDDING in stored:
-            found[name] = _ENCODER_EMBEDDING
-        elif name not in stored and bare in stored and not hf_config.is_encoder_decoder:
-            found[name] = bare
-    return found
+    try:
+        if hf_config.is_encoder_decoder:
+            return take_inventory(build_skeleton(hf_config), reader, hf_config).stored
+        _check_head(reader, hf_config)
+        names = {fragment.name for _, fragment in layout.fragments()} - reader.shapes.keys()
+        bare = {name: name.split(".", 1)[-1] for name in names}
+        return {name: stored for name, stored in bare.items() if stored in reader.shapes}
+    finally:
+        reader.close()
+
+
+def _check_head(reader: CheckpointReader, hf_config: PretrainedConfig) -> None:
+    """That a head which the config calls the embedding table is stored as that, or not at all."""
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=False)
+    names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
+    head, table = names[id(model.get_output_embeddings())], names[id(model.get_input_embeddings())]
+    table = table if table in reader.shapes else table.split(".", 1)[-1]
+    both_stored = {head, table} <= reader.shapes.keys()
+    if hf_config.tie_word_embeddings and both_stored and not reader.are_equal(head, table):
+        raise BackboneError(
+            f"{reader.folder} holds a head, {head}, that is not its embedding table, {table}, "
+            "but its config.json says that one serves as both. Set tie_word_embeddings to false "
+            "there."
+        )
 
 
 @torch.no_grad()

@@ -83,7 +83,7 @@ def _expected_counts(backbone: Backbone) -> Any:
 def _state(backbone: Backbone, inventory: Inventory) -> dict[str, tuple[int, int]]:
     """Name -> bytes that this rank holds (1 for a whole tensor), and whether they are wrong."""
     state = dict.fromkeys(inventory.stored, (1, 0))
-    for name, (module, attribute) in inventory.skeleton.buffers.items():
+    for name, module, attribute in inventory.buffers:
         stored = inventory.reader.tensor(inventory.stored[name])
         state[name] = (1, int(not _same(getattr(module, attribute), stored)))
     table_VD = backbone.embedding.table_VD

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from softprompt_dist.backbone.flat_weights import row_ranges
 from softprompt_dist.backbone.formats import Int8Rows
 from softprompt_dist.backbone.weight_files import checkpoint_files, open_weight_file
 
@@ -88,6 +89,17 @@ class CheckpointReader:
         shape = self.shapes[name]
         num_rows = shape[0] if shape else 1
         return self.rows(name, 0, num_rows).reshape(shape)
+
+    def are_equal(self, one: str, other: str) -> bool:
+        """Whether two tensors have the same shape and values."""
+        num_rows, *rest = self.shapes[one] or (1,)
+        return self.shapes[one] == self.shapes[other] and all(
+            torch.equal(
+                self.rows(one, rows.start, rows.stop).double(),
+                self.rows(other, rows.start, rows.stop).double(),
+            )
+            for rows in row_ranges(0, num_rows, torch.float32.itemsize * math.prod(rest))
+        )
 
     def mapped_table(self, name: str) -> Tensor:
         """The whole tensor [R, C] as a view of the mapped file: read where it is looked at."""

@@ -168,14 +168,7 @@ def _is_the_embedding(inventory: Inventory, name: str) -> bool:
         return True
     if name != inventory.skeleton.head or inventory.skeleton.has_own_head:
         return False
-    reader = inventory.reader
-    num_rows, num_columns = reader.shapes[source]
-    return reader.shapes[table] == (num_rows, num_columns) and all(
-        torch.equal(
-            reader.rows(source, rows.start, rows.stop), reader.rows(table, rows.start, rows.stop)
-        )
-        for rows in row_ranges(0, num_rows, 4 * num_columns)
-    )
+    return inventory.reader.are_equal(source, table)
 
 
 def _check_room(source: Path, weights: list[StoredWeight], output: Path) -> None:

@@ -167,7 +167,7 @@ def _bitsandbytes_layer(
 
 def _fill_buffers(inventory: Inventory, dtype: torch.dtype) -> None:
     device = ranks.device()
-    for name, (module, attribute) in inventory.skeleton.buffers.items():
+    for name, module, attribute in inventory.buffers:
         # A copy: a view would keep the file mapped.
         value = inventory.reader.tensor(inventory.stored[name]).to(device, dtype, copy=True)
         module._parameters.pop(attribute, None)  # noqa: SLF001 - from a parameter to a buffer

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
+
+from torch import nn
 
 from softprompt_dist.backbone.checkpoint_reader import CheckpointReader
 from softprompt_dist.backbone.skeleton import Skeleton
@@ -13,9 +16,11 @@ from softprompt_dist.errors import BackboneError
 
 _HARMLESS = re.compile(
     r"EncDecAttention\.relative_attention_bias\.weight$|rotary_emb\.inv_freq$"
-    r"|attention\.(bias|masked_bias)$|embed_positions\.weights$"
+    r"|embed_positions\.weights$|(^|\.)position_ids$|(^|\.)mtp(_layers)?\."
 )
-"""Stored by old checkpoints, used by no model."""
+"""Stored by old checkpoints and used by no model; or heads that foretell tokens further on."""
+_MASK = re.compile(r"(attn|attention)\.(bias|masked_bias|causal_mask)$")
+"""A causal mask [..., L, L], or the one number that it masks with."""
 
 
 @dataclass
@@ -31,6 +36,13 @@ class Inventory:
     sums: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Name of a slot -> how many of its bytes this rank has read, and their sum."""
 
+    @property
+    def buffers(self) -> Iterator[tuple[str, nn.Module, str]]:
+        """Of each small tensor that is stored: its name, the module and the attribute there."""
+        for name, (module, attribute) in self.skeleton.buffers.items():
+            if name in self.stored:
+                yield name, module, attribute
+
 
 def take_inventory(skeleton: Skeleton, reader: CheckpointReader, config: Any) -> Inventory:
     """Match the model's tensors with the stored ones.
@@ -39,8 +51,8 @@ def take_inventory(skeleton: Skeleton, reader: CheckpointReader, config: Any) ->
     embedding for every T5, and under ZeRO-3 drops the stored head without a word.
 
     Raises:
-        BackboneError: a tensor is missing, has another shape, holds codes in place of numbers, or
-            has no place in the model.
+        BackboneError: a tensor is missing, has another shape, holds codes in place of numbers, has
+            no place in the model, or two different ones have the same.
     """
     inventory = Inventory(skeleton, reader, config)
     wanted = dict(_wanted(skeleton))
@@ -49,6 +61,8 @@ def take_inventory(skeleton: Skeleton, reader: CheckpointReader, config: Any) ->
     shares_table = not skeleton.has_own_head and skeleton.embedding in by_name
     if shares_table and skeleton.head not in by_name:
         by_name[skeleton.head] = by_name[skeleton.embedding]
+    for name in skeleton.computed - by_name.keys():
+        del wanted[name]
     missing = sorted(name for name in wanted if name not in by_name)
     if skeleton.embedding not in by_name:
         missing.append(skeleton.embedding)
@@ -58,6 +72,7 @@ def take_inventory(skeleton: Skeleton, reader: CheckpointReader, config: Any) ->
     _check_shapes(inventory, wanted)
     _check_numbers(inventory)
     _check_leftovers(inventory)
+    _check_twins(inventory)
     return inventory
 
 
@@ -113,15 +128,36 @@ def _check_numbers(inventory: Inventory) -> None:
 def _check_leftovers(inventory: Inventory) -> None:
     used = set(inventory.stored.values())
     aliases = inventory.skeleton.aliases
+    harmless = [_HARMLESS, *map(re.compile, inventory.skeleton.ignored)]
     left = [
         name
-        for name in inventory.reader.shapes
+        for name, shape in inventory.reader.shapes.items()
         if name not in used and aliases.get(name) not in inventory.stored
-        if not _HARMLESS.search(name)
+        if not any(pattern.search(name) for pattern in harmless)
+        if not (_MASK.search(name) and _is_mask(shape))
     ]
     if left:
         raise BackboneError(
             f"Backbone {inventory.reader.folder} holds {len(left)} tensors for which its "
             f"config.json has no place: {sorted(left)[:5]}. Use the config.json that belongs to "
-            "these weights."
+            "these weights. If it is that one, and the model is whole without them, load the "
+            "folder with transformers' from_pretrained and save it with save_pretrained: the copy "
+            "leaves them out."
         )
+
+
+def _is_mask(shape: tuple[int, ...]) -> bool:
+    return math.prod(shape) == 1 or (len(shape) > 1 and shape[-2] == shape[-1])
+
+
+def _check_twins(inventory: Inventory) -> None:
+    """That a tensor which is stored under two names is the same under both."""
+    reader, aliases = inventory.reader, inventory.skeleton.aliases
+    for name in reader.shapes:
+        used = inventory.stored.get(aliases.get(name, name), name)
+        if used != name and not reader.are_equal(used, name):
+            raise BackboneError(
+                f"Backbone {reader.folder} holds {used} and {name}, which are different, but the "
+                "model of its config.json has one table that serves as both. Use a checkpoint in "
+                "which they are equal."
+            )

@@ -8,6 +8,7 @@ rank). Names are those of the checkpoint.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,6 +49,10 @@ class Skeleton:
     """What the model multiplies a token's row of the table by."""
     buffers: dict[str, tuple[nn.Module, str]] = field(default_factory=dict)
     """Tensor's name -> the module that holds it and the attribute there."""
+    computed: set[str] = field(default_factory=set)
+    """Names of the buffers that the model makes for itself, where the checkpoint stores none."""
+    ignored: list[str] = field(default_factory=list)
+    """Patterns of stored names that transformers knows and leaves aside for this kind of model."""
     aliases: dict[str, str] = field(default_factory=dict)
     """Another name under which a checkpoint may hold a tensor -> its name here."""
 
@@ -107,7 +112,9 @@ def _causal_skeleton(config: Any) -> Skeleton:
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     _check_causal(model, head, has_blocks=bool(blocks))
     embedding = f"{modules[id(table)]}.weight"
+    ignored = [*model._keys_to_ignore_on_load_unexpected, *_never_stored(model)]  # noqa: SLF001
     skeleton = _taken_apart(model, {**blocks, modules[id(head)]: head}, embedding)
+    skeleton.ignored = ignored
     skeleton.embedding_scale = _embedding_scale(table, embedding)
     skeleton.has_own_head = not config.tie_word_embeddings
     model.set_input_embeddings(nn.Identity())  # the backbone embeds, not the model
@@ -116,6 +123,13 @@ def _causal_skeleton(config: Any) -> Skeleton:
     skeleton.aliases[_OLD_HEAD] = skeleton.head
     skeleton.aliases |= {n.removeprefix(prefix): n for n in known if n.startswith(prefix)}
     return skeleton
+
+
+def _never_stored(model: nn.Module) -> Iterator[str]:
+    """Patterns of buffers that a class once stored with the weights and now makes for itself."""
+    for path, module in model.named_modules():
+        for name in module._non_persistent_buffers_set:  # noqa: SLF001 - named nowhere else
+            yield f"^{re.escape(_joined(path, name))}$"
 
 
 def _check_causal(model: Any, head: Any, *, has_blocks: bool) -> None:
@@ -192,6 +206,12 @@ def _collect_buffers(
         held = dict(module.named_parameters(recurse=False))
         if isinstance(module, FrozenLinear) and module.bias is not None:
             held["bias"] = module.bias
+        for attribute, buffer in module.named_buffers(recurse=False):
+            is_stored = attribute not in module._non_persistent_buffers_set  # noqa: SLF001
+            if is_stored and attribute not in held and buffer.is_floating_point():
+                name = _joined(root_name, path, attribute)
+                skeleton.buffers[name] = (module, attribute)
+                skeleton.computed.add(name)
         for attribute, tensor in held.items():
             name = _joined(root_name, path, attribute)
             if name == skeleton.embedding:

@@ -146,6 +146,36 @@ def test_a_t5_of_the_first_version(refused, tiny_t5, tmp_path, lacks):
     assert_message(outcome, "not a whole T5 v1.1", "gated", "Set `backbone`")
 
 
+def change_weights(folder, change):
+    """Load, change and write."""
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+def test_a_t5_with_two_embedding_tables(refused, tiny_t5, tmp_path):
+    def split(weights):
+        table = weights.pop("shared.weight")
+        names = (f"{stack}.embed_tokens.weight" for stack in ("encoder", "decoder"))
+        return weights | {name: table + i for i, name in enumerate(names)}
+
+    folder = Path(shutil.copytree(tiny_t5, tmp_path / "two"))
+    change_weights(folder, split)
+    outcome = refused(
+        init="from_checkpoint", backbone=str(folder), tokenizer=None, objective="prefix_lm"
+    )
+    assert_message(outcome, folder, "decoder.embed_tokens.weight", "which are different")
+
+
+def test_a_tied_decoder_whose_stored_head_is_another(refused, tiny_llama, tmp_path):
+    def give_a_head(weights):
+        return weights | {"lm_head.weight": weights["model.embed_tokens.weight"] * 2}
+
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "other"))
+    change_weights(folder, give_a_head)
+    outcome = refused(init="from_checkpoint", backbone=str(folder), tokenizer=None, objective="lm")
+    assert_message(outcome, folder, "lm_head.weight", "Set tie_word_embeddings to false")
+
+
 def test_a_backbone_that_is_not_there(refused):
     outcome = refused(init="from_checkpoint", backbone="no/such/folder/at/all")
     assert_message(outcome, "no/such/folder/at/all")

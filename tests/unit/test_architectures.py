@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from softprompt_dist.backbone.base import Backbone
@@ -21,7 +22,7 @@ from softprompt_dist.errors import BackboneError
 from tests import reference
 from tests.models import CAUSAL, HEAD_DIM, make_causal, make_t5, save_model
 
-OUR_NORM = {"Llama", "Mistral", "Qwen2", "Qwen3", "Olmo2", "Phi3", "SmolLM3", "Granite"}
+OUR_NORM = {"Llama", "Mistral", "Qwen2", "Qwen3", "Olmo2", "Phi3", "SmolLM3", "Granite", "Apertus"}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "GPT2": ({"n_embd": 24, "n_layer": 2, "n_head": 2}, r"h\.0\.attn\.c_attn\.weight .*Conv1D"),
     "Mixtral": ({"num_local_experts": 2}, r"layers\.0\.mlp\.\S+ of shape"),
@@ -58,6 +59,56 @@ def test_logits_and_gradient_are_those_of_transformers(
     ours, plain = reference.ours(backbone), reference.plain(model)
     reference.assert_equal(ours, plain, logits=1e-5, gradient=1e-5)
     assert (kinds_of_norm(backbone) == {FrozenRMSNorm}) == (name in OUR_NORM)
+
+
+UNUSED: dict[str, dict[str, torch.Tensor]] = {
+    "GPTNeo": {
+        "transformer.h.0.attn.attention.bias": torch.ones(1, 1, 64, 64).tril().bool(),
+        "transformer.h.0.attn.attention.masked_bias": torch.tensor(-1e9),
+    },
+    "GPTNeoX": {
+        "gpt_neox.layers.1.attention.bias": torch.ones(1, 1, 64, 64).tril().bool(),
+        "gpt_neox.layers.1.attention.masked_bias": torch.tensor(-1e9),
+        "gpt_neox.layers.1.attention.rotary_emb.inv_freq": torch.ones(3),
+    },
+    "Llama": {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3),
+        "model.layers.0.self_attn.causal_mask": torch.ones(64, 64).tril(),
+        "mtp.layers.0.mlp.down_proj.weight": torch.ones(24, 40),
+    },
+}
+
+
+@pytest.mark.parametrize("name", UNUSED)
+def test_stored_tensors_that_no_model_uses_are_left_aside(name: str, tmp_path: Path) -> None:
+    model = save(tmp_path, name)
+    file = tmp_path / "model.safetensors"
+    save_file({**load_file(file), **UNUSED[name]}, file, metadata={"format": "pt"})
+    ours, plain = reference.ours(load(tmp_path)), reference.plain(model)
+    reference.assert_equal(ours, plain, logits=1e-5, gradient=1e-5)
+
+
+def test_a_bias_that_is_no_mask_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    save(tmp_path, "Llama")
+    file = tmp_path / "model.safetensors"
+    name = "model.layers.0.self_attn.bias"
+    save_file({**load_file(file), name: torch.ones(24)}, file, metadata={"format": "pt"})
+    with pytest.raises(BackboneError, match=r"self_attn\.bias.*save_pretrained: the copy leaves"):
+        load(tmp_path)
+
+
+def test_constants_of_an_activation_are_those_that_are_stored(tmp_path: Path) -> None:
+    """As transformers reads them; the class would make others for itself."""
+    model = save(tmp_path, "Apertus")
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    beta = [name for name in weights if name.endswith("act_fn.beta")]
+    assert len(beta) == 2
+    save_file({**weights, **{n: weights[n] * 3 for n in beta}}, file, metadata={"format": "pt"})
+    for layer in model.model.layers:
+        layer.mlp.act_fn.beta.mul_(3)
+    ours, plain = reference.ours(load(tmp_path)), reference.plain(model)
+    reference.assert_equal(ours, plain, logits=1e-5, gradient=1e-5)
 
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma2"])

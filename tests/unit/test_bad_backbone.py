@@ -59,6 +59,14 @@ MISFITS: dict[str, tuple[Callable[[Tensors], Tensors], tuple[str, ...]]] = {
         lambda w: {**w, "adapter.a": torch.ones(2), "adapter.b": torch.ones(2)},
         ("holds 2 tensors", "['adapter.a', 'adapter.b']", "Use the config.json that belongs"),
     ),
+    "two embedding tables": (
+        lambda w: {
+            **{n: t for n, t in w.items() if n != "shared.weight"},
+            "encoder.embed_tokens.weight": w["shared.weight"],
+            "decoder.embed_tokens.weight": w["shared.weight"] + 1,
+        },
+        ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "which are different"),
+    ),
     "codes for numbers": (
         lambda w: {**w, WO: w[WO].to(torch.int8)},
         (f"{WO} (torch.int8)", "Set backbone.path to the original checkpoint"),
