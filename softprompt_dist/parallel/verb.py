@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from softprompt_dist import screen
 from softprompt_dist.errors import ConfigError, SoftpromptError, StoppedError
 from softprompt_dist.outcome_files import of_batch_script, record_failure
-from softprompt_dist.parallel.failures import PeerLostError, as_user_error
+from softprompt_dist.parallel.failures import PeerLostError, as_user_error, bug
 from softprompt_dist.progress import phase
 from softprompt_dist.redaction import redact_output, redact_text
 
@@ -148,8 +148,9 @@ def run_verb(main: Main, argv: Sequence[str] | None = None) -> NoReturn:
         if screen.is_reader_lost():
             _leave(128 + signal.SIGPIPE)
         screen.outlive_readers()
-        failure = as_user_error(error, world_is_up=_world_is_up())
+        failure = as_user_error(error, rank=launched_rank(), world_is_up=_world_is_up())
         if failure is None:
+            record_failure(bug(error))
             raise
         record_failure(failure)  # before any rank leaves: its launcher ends the others
         _report(failure, redact_text(traceback.format_exc()) if debug else "")

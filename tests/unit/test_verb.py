@@ -2,10 +2,16 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import sys
+from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from softprompt_dist.errors import ConfigError, DataError, NonFiniteLossError
+from softprompt_dist.outcome_files import FOLDER_VARIABLE, silent_where
 from softprompt_dist.parallel import verb
 from softprompt_dist.parallel.verb import VerbParser, run_verb
 
@@ -66,6 +72,120 @@ def test_ctrl_c_has_its_own_code(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_bug_keeps_its_traceback(bug: Exception) -> None:
     with pytest.raises(type(bug)):
         run_verb(failing(bug), [])
+
+
+NCCL = "NCCL error in: ../torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:3384, "
+REASONS = {
+    "a GPU is full": (
+        torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.15 "
+            "GiB of which 1.12 GiB is free.\nOf the allocated memory 70 GiB is allocated by PyTorch"
+        ),
+        r"fatal: No memory is left for rank 1 on \S+ CUDA out of memory\. .*batch.micro_batch_size",
+    ),
+    "a GPU is full, says CUDA": (
+        torch.AcceleratorError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'"),
+        "fatal: No memory is left",
+    ),
+    "a GPU is full, says cuBLAS": (
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        "fatal: No memory is left",
+    ),
+    "the host is full": (
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate "
+            "memory: you tried to allocate 412316860416 bytes. Error code 12 (Cannot allocate)"
+        ),
+        "fatal: No memory is left",
+    ),
+    "Python's memory": (MemoryError(), "fatal: No memory is left"),
+    "an id outside its table": (
+        torch.AcceleratorError(
+            "CUDA error: device-side assert triggered\nCUDA kernel errors might"
+        ),
+        "fatal: rank 1 on .*device-side assert triggered. As a rule an id lies outside",
+    ),
+    "broken memory": (
+        torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered\nCUDA kernel"),
+        r"error: The GPU of rank 1 on \S+ failed: CUDA error: uncorrectable ECC .*--exclude=",
+    ),
+    "a stray address": (
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        "error: The GPU of rank 1",
+    ),
+    "a broken GPU met by NCCL": (
+        dist.DistBackendError(
+            f"{NCCL}unhandled cuda error\nncclUnhandledCudaError: Call to CUDA function "
+            "failed.\nLast error:\nCuda failure 719 'unspecified launch failure'"
+        ),
+        "error: The GPU of rank 1 on .* Cuda failure 719 'unspecified launch failure'",
+    ),
+    "a peer is gone": (
+        dist.DistBackendError(
+            f"{NCCL}remote process exited or there was a network error, NCCL version 2.27.5\n"
+            "ncclRemoteError: A call failed possibly due to a network error or a remote process "
+            "exiting prematurely.\nLast error:\nsocketProgress: Connection closed by remote peer n2"
+        ),
+        "error: Another rank has ended, .*socketProgress: Connection closed by remote peer n2",
+    ),
+    "a peer is gone, and NCCL's watchdog was first": (
+        dist.DistBackendError("NCCL communicator was aborted on rank 1."),
+        "error: Another rank has ended",
+    ),
+    "a peer hangs": (
+        dist.DistBackendError(
+            "[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=12, "
+            "OpType=_ALLGATHER_BASE) ran for 7200029 milliseconds before timing out."
+        ),
+        "error: Another rank has ended, or is out of reach",
+    ),
+    "the store is gone": (
+        dist.DistNetworkError(
+            "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server "
+            "shutdown or crash?"
+        ),
+        "error: Another rank has ended",
+    ),
+    "a peer is gone, says gloo": (
+        RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:4"),
+        "error: Another rank has ended",
+    ),
+    "no room for NCCL": (
+        dist.DistBackendError(
+            f"{NCCL}unhandled system error\nncclSystemError: System call (e.g. socket, malloc) or "
+            "external library call failed or device error.\nLast error:\nError while creating "
+            "shared memory segment /dev/shm/nccl-7MPwXW (size 9637888)"
+        ),
+        "error: NCCL failed for rank 1 .*shared memory segment /dev/shm/nccl-7MPwXW",
+    ),
+    "two ranks on a GPU": (
+        dist.DistBackendError(
+            f"{NCCL}invalid usage\nncclInvalidUsage: This usually reflects invalid usage of "
+            "NCCL library.\nLast error:\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device"
+        ),
+        "fatal: rank 1 .*Duplicate GPU detected",
+    ),
+    "a bug": (KeyError("w\u00f6rd"), "error: A bug: KeyError: 'w\u00f6rd'. See the log"),
+}
+
+
+@pytest.mark.parametrize("case", REASONS)
+def test_why_tells_what_ended_a_rank(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error, reason = REASONS[case]
+    silent_where(lambda: False)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(verb, "_world_is_up", lambda: True)
+    monkeypatch.setattr(verb, "_exit_now", sys.exit)
+    with pytest.raises(KeyError if case == "a bug" else SystemExit) as ended:
+        run_verb(failing(error), [])
+    why = (tmp_path / "why").read_text()
+    assert re.match(reason, why), why
+    if case != "a bug":
+        assert capsys.readouterr().err.startswith("[rank 1] error: ")
+        assert ended.value.code not in (0, None)
 
 
 def test_another_rank_names_itself(
