@@ -8,11 +8,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import torch
 
 from softprompt_dist.checks.finding import Finding
 from softprompt_dist.parallel import ranks
+from softprompt_dist.parallel.node_memory import node_memory
 
 GIBIBYTE = 2**30
 MEBIBYTE = 2**20
@@ -90,8 +90,10 @@ def _product_seconds(matrix: torch.Tensor, repetitions: int) -> Iterator[float]:
 def check_cores_and_memory() -> list[Finding]:
     """Cores this process may use, and memory that is free."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    memory = psutil.virtual_memory()
+    memory = node_memory()
     found = f"{memory.available / GIBIBYTE:.1f} of {memory.total / GIBIBYTE:.1f} GiB free"
+    if memory.limit:
+        found += f", for this job ({memory.limit})"
     short = memory.available < 4 * GIBIBYTE
     remedy = "The demo's two ranks need about 4 GiB; close other programs." if short else ""
     return [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import psutil
 import torch
 
 from softprompt_dist.backbone.architecture import architecture_of
@@ -17,6 +16,7 @@ from softprompt_dist.checks.machine import on_gpu
 from softprompt_dist.config import TuneConfig
 from softprompt_dist.errors import BackboneError, MachineError
 from softprompt_dist.parallel import ranks
+from softprompt_dist.parallel.node_memory import node_memory
 
 _HOST_REMEDY = (
     "The ranks of this machine would be killed. Start fewer, lower batch.micro_batch_size, or hold "
@@ -58,8 +58,8 @@ def gpu_memory() -> tuple[int, int]:
 
 
 def host_memory() -> tuple[int, int]:
-    """Bytes free and bytes in all, of this machine."""
-    memory = psutil.virtual_memory()
+    """Bytes free and bytes in all, of what this job may use on this machine."""
+    memory = node_memory()
     return memory.available, memory.total
 
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
 import torch
 
 from softprompt_dist.backbone.architecture import architecture_of
@@ -19,6 +18,7 @@ from softprompt_dist.config import TuneConfig
 from softprompt_dist.errors import BackboneError, MachineError
 from softprompt_dist.parallel import ranks
 from softprompt_dist.parallel.join import local_world_size
+from softprompt_dist.parallel.node_memory import node_memory
 
 if TYPE_CHECKING:
     from softprompt_dist.run.loaded_task import LoadedTask
@@ -52,13 +52,13 @@ def assert_room(config: TuneConfig, folder: Path, tasks: Sequence[LoadedTask]) -
         total = int(torch.cuda.get_device_properties(ranks.device()).total_memory)
         check_memory(architecture, cell, workload, cluster, total)
     needed = node_bytes(architecture, cell, workload, cluster, on_gpu=on_gpu)
-    total = int(psutil.virtual_memory().total)
-    if needed > total:
+    memory = node_memory()
+    if needed > memory.total:
         raise MachineError(
             f"{architecture.name} ({cell.sharding}, {cell.dtype}, quantization "
             f"{cell.quantization}, offload {cell.offload}, micro-batch {workload.micro_batch}) "
-            f"needs {needed / 1e9:.1f} GB of memory for {cluster.gpus_per_node} rank(s) on this "
-            f"machine, which has {total / 1e9:.1f} GB. Start fewer ranks, lower "
+            f"needs {needed / 1e9:.1f} GB of memory for {cluster.gpus_per_node} rank(s) on "
+            f"{memory.whose}, which has {memory.total / 1e9:.1f} GB. Start fewer ranks, lower "
             "batch.micro_batch_size, or hold the backbone in fewer bytes (`softprompt plan` shows "
             "what fits)."
         )
