@@ -60,9 +60,7 @@ def _measure(settings: dict[str, Any], prompts: dict[str, str], given: Any) -> d
     held = sum(t.numel() * t.element_size() for _, t in bench.backbone.held_tensors())
     answer: dict[str, Any] = {"bytes": held}
     for name, path in prompts.items():
-        prompt_PD, _ = load_prompt(
-            Path(path), backbone_fingerprint=bench.backbone.fingerprint, force=given.force
-        )
+        prompt_PD, _ = load_prompt(Path(path), backbone=bench.identity, force=given.force)
         prompt = SoftPrompt(prompt_PD)
         start = time.perf_counter()
         predictions = bench.predict(prompt, bench.task, split)

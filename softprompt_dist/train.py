@@ -54,7 +54,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     join_world(debug=options.debug, limit_seconds=config.health.slow_timeout_seconds)
     from softprompt_dist.run.session import train
 
-    train(config, ds_config, fresh=options.fresh, must_resume=options.resume)
+    train(
+        config,
+        ds_config,
+        fresh=options.fresh,
+        must_resume=options.resume,
+        force=options.force,
+    )
     leave_world()
 
 

@@ -22,9 +22,7 @@ def save_untuned(run_dir: Path, recipe: Mapping[str, Any]) -> Path:
     shape = recipe["prompt"]["prompt_length"], embedding.table_VD.shape[1]
     path = run_dir / "prompt" / "best.safetensors"
     metadata = PromptMetadata(
-        backbone_fingerprint=identity.fingerprint,
-        backbone=backbone.path,
-        tokenizer_fingerprint="",
+        identity=identity,
         task=recipe["task"]["name"],
         initialisation="random",
         step=0,

@@ -21,15 +21,7 @@ from softprompt_dist.backbone.embedding import FrozenEmbedding
 from softprompt_dist.backbone.flat_weights import FrozenBlock, held_part
 from softprompt_dist.backbone.traffic import Traffic
 from softprompt_dist.data.batching import Family, TokenBatch
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What a backbone is, however it is held."""
-
-    path: str
-    fingerprint: str
-    """Of the weights; the same in every precision and under any sharding."""
+from softprompt_dist.identity import Identity
 
 
 @dataclass(frozen=True)
@@ -65,6 +57,7 @@ class Backbone(nn.Module, ABC):
         self.config = config
         """The model's Hugging Face config."""
         self.identity = identity
+        """Without the tokenizer, which is not read with the weights."""
         self.traffic = Traffic()
         """What this rank has received to bring sharded weights in."""
         self.engine_config: dict[str, Any] | None = None
@@ -72,11 +65,6 @@ class Backbone(nn.Module, ABC):
         # In a list, so that the engine (itself a module that holds this one) is not registered as a
         # child; kept, because a collected engine removes its hooks.
         self.engines: list[Any] = []
-
-    @property
-    def fingerprint(self) -> str:
-        """See `Identity`."""
-        return self.identity.fingerprint
 
     @property
     def path(self) -> str:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from softprompt_dist.backbone.arrival import slot_sums
-from softprompt_dist.backbone.base import Backbone, Identity
+from softprompt_dist.backbone.base import Backbone
 from softprompt_dist.backbone.causal import CausalBackbone
 from softprompt_dist.backbone.checkpoint_reader import CheckpointReader
 from softprompt_dist.backbone.embedding import FrozenEmbedding
@@ -25,6 +25,7 @@ from softprompt_dist.backbone.layers import FrozenLinear
 from softprompt_dist.backbone.replacements import replace_gated_feed_forwards, replace_norms
 from softprompt_dist.backbone.seq2seq import Seq2SeqBackbone
 from softprompt_dist.config import BackboneConfig
+from softprompt_dist.identity import Identity, config_that_counts
 from softprompt_dist.parallel import ranks
 from softprompt_dist.progress import Phase, counted, phase
 
@@ -77,8 +78,14 @@ def embedding_of(inventory: Inventory, config: BackboneConfig) -> FrozenEmbeddin
 
 
 def identity_of(inventory: Inventory, config: BackboneConfig) -> Identity:
-    """What the backbone is, however it is held."""
-    return Identity(config.path, fingerprint(inventory.reader, inventory.stored))
+    """What the backbone is, without its tokenizer, and how it is held."""
+    return Identity(
+        path=config.path,
+        weights=fingerprint(inventory.reader, inventory.stored),
+        config=config_that_counts(inventory.config),
+        dtype=config.dtype,
+        quantization=config.quantization,
+    )
 
 
 def encoded_rows(

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from softprompt_dist.backbone.arrival import assert_all_arrived
-from softprompt_dist.backbone.base import Backbone, Identity
+from softprompt_dist.backbone.base import Backbone
 from softprompt_dist.backbone.checkpoint_reader import CheckpointReader
 from softprompt_dist.backbone.demo import resolve_backbone
 from softprompt_dist.backbone.embedding import FrozenEmbedding
@@ -22,6 +22,7 @@ from softprompt_dist.config import BackboneConfig
 from softprompt_dist.data.batching import Family
 from softprompt_dist.data.encoding import special_pieces
 from softprompt_dist.errors import BackboneError, SoftpromptError
+from softprompt_dist.identity import Identity
 from softprompt_dist.parallel import ranks
 from softprompt_dist.parallel.deepspeed_start import start_deepspeed
 from softprompt_dist.parallel.groups import shard_group

@@ -25,11 +25,11 @@ from softprompt_dist.data.batching import (
     Family,
     Tokenised,
     tokenise,
-    tokenizer_fingerprint,
 )
 from softprompt_dist.data.downloads import exclusive
 from softprompt_dist.data.encoding import EncoderSpec
 from softprompt_dist.data.token_table import IdRows, TokenTable
+from softprompt_dist.data.tokenizer_identity import tokenizer_identity
 from softprompt_dist.durable import replace_file
 from softprompt_dist.parallel import ranks
 from softprompt_dist.progress import phase
@@ -82,7 +82,7 @@ def tokens_of(  # noqa: PLR0913 - as `tokenise`
         )
 
     def find_or_make() -> TokenTable:
-        settings = [family, max_input_tokens, append_eos, target_prefix, _identity(tokenizer)]
+        settings = [family, max_input_tokens, append_eos, target_prefix, _exact_state(tokenizer)]
         return _kept(f"{_key(examples, settings)}.arrow", make)
 
     is_kept = len(examples) >= FEWEST_ROWS_KEPT
@@ -114,12 +114,14 @@ def _key(examples: Sequence[Example], settings: Sequence[Any]) -> str:
     return digest.hexdigest()
 
 
-def _identity(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    """All that the ids of a text depend on: a vocabulary may be read in several ways."""
+def _exact_state(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """Its identity, and whatever else might change an id of any text.
+
+    Two that differ here only may still be one tokenizer: then tokens are made once more.
+    """
     return [
         type(tokenizer).__name__,
-        tokenizer.eos_token_id,
-        tokenizer_fingerprint(tokenizer),
+        tokenizer_identity(tokenizer),
         EncoderSpec.of(tokenizer).digest,
         *(metadata.version(package) for package in ("transformers", "tokenizers")),
     ]

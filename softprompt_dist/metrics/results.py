@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from softprompt_dist.durable import replace_file
 from softprompt_dist.errors import DataError
+from softprompt_dist.identity import Identity
 from softprompt_dist.metrics.scores import Scores
 
 FILE_NAME = "results.json"
@@ -23,7 +24,7 @@ Interval = tuple[Percent, Percent]
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="ignore")  # what later releases add
 
 
 class PromptSource(_Frozen):
@@ -54,6 +55,8 @@ class EvaluationResult(_Frozen):
     """How answers were made, such as `greedy` or `rank`."""
     prompt: PromptSource | None
     backbone: str
+    identity: Identity | None = None
+    """Of the backbone; release 0.1.0 did not note it."""
     version: str
     """Of softprompt-dist."""
     data: dict[str, Any] = {}

@@ -34,7 +34,7 @@ def scores_by_task(results: Mapping[Path, EvaluationResult]) -> dict[str, float]
     """Task -> score, of results that belong together.
 
     Raises:
-        DataError: a task has two results, or the splits differ.
+        DataError: a task has two results, or splits or backbones differ.
     """
     files: dict[str, Path] = {}
     first_path, first = next(iter(results.items()))
@@ -47,6 +47,12 @@ def scores_by_task(results: Mapping[Path, EvaluationResult]) -> dict[str, float]
             raise DataError(
                 f"{first_path} was scored on {first.split}, but {path} on {result.split}. A "
                 "benchmark's score needs the same split everywhere."
+            )
+        known = first.identity and result.identity and first.identity.differences(result.identity)
+        if known:
+            raise DataError(
+                f"{first_path} and {path} were scored with different backbones: {known[0]}. A "
+                "benchmark's score needs the same backbone everywhere."
             )
         files[result.task] = path
     return {result.task: result.score for result in results.values()}

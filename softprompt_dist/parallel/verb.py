@@ -105,6 +105,11 @@ class VerbParser(argparse.ArgumentParser):
             help="set the run directory's checkpoints aside and begin at step 0",
         )
         self.add_argument(
+            "--force",
+            action="store_true",
+            help="go on with a checkpoint that was saved with another backbone",
+        )
+        self.add_argument(
             "--dry-run", action="store_true", help="print the final config as YAML and stop"
         )
 

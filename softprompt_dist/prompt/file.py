@@ -2,14 +2,14 @@
 
 The metadata is one JSON object under the header's key `softprompt`, so the same prompt with the
 same metadata is the same bytes. What is read is checked first, its size before its content, and
-nothing is ever unpickled.
+nothing is ever unpickled. Keys that this release does not know are passed over, so that later ones
+may add some; `format_version` rises only when a reader that did so would be wrong.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import math
 import os
 from collections.abc import Iterable
@@ -23,12 +23,13 @@ from torch import Tensor
 
 from softprompt_dist.durable import replace_file
 from softprompt_dist.errors import PromptFileError
+from softprompt_dist.identity import Identity, check_same_backbone
 from softprompt_dist.untrusted import open_regular, parse_json
-
-log = logging.getLogger(__name__)
 
 TENSOR_KEY = "prompt"
 METADATA_KEY = "softprompt"
+FORMAT_VERSION = 2
+"""1, of release 0.1.0, does not say so, and of the backbone's identity has no configuration."""
 MAX_HEADER_BYTES = 1 << 20
 MAX_VALUES = 1 << 28
 """P x D; 1 GiB. A file may say anything of its shape, and have a hole of that size."""
@@ -42,10 +43,8 @@ _BETWEEN_TASKS = " + "
 class PromptMetadata:
     """What a prompt belongs to and how it came about."""
 
-    backbone_fingerprint: str
-    backbone: str
-    """Path or name as in the recipe."""
-    tokenizer_fingerprint: str
+    identity: Identity
+    """Of the backbone."""
     task: str
     initialisation: str
     step: int
@@ -63,6 +62,7 @@ class PromptMetadata:
     """What kind of answers it gives; tasks of one family share it. Several: see `families`."""
     target_prefix: str = ""
     """The piece that its answers begin with; empty for none. Several: see `target_prefixes`."""
+    format_version: int = FORMAT_VERSION
 
     @property
     def families(self) -> tuple[str, ...]:
@@ -102,20 +102,21 @@ def save_prompt(path: str | Path, prompt_PD: Tensor, metadata: PromptMetadata) -
 
 
 def load_prompt(
-    path: str | Path, *, backbone_fingerprint: str | None = None, force: bool = False
+    path: str | Path, *, backbone: Identity | None = None, force: bool = False
 ) -> tuple[Tensor, PromptMetadata]:
     """Read a prompt file.
 
     Args:
         path: the file.
-        backbone_fingerprint: the backbone it must have been tuned for; None: any.
+        backbone: the one it must have been tuned for; None: any.
         force: take a prompt of another backbone all the same, with a warning.
 
     Returns:
         prompt_PD in fp32 on the CPU, and its metadata.
 
     Raises:
-        PromptFileError: missing, not such a file, truncated, not finite, or of another backbone.
+        PromptFileError: missing, not such a file, of a later format, truncated, not finite, or of
+            another backbone.
     """
     path = Path(path)
     _check_header_length(path)
@@ -128,7 +129,10 @@ def load_prompt(
             f"{path} is not a whole safetensors file: {error}. Copy it again, or use another."
         ) from error
     _check_tensor(path, prompt_PD, metadata)
-    _check_backbone(path, metadata, backbone_fingerprint, force=force)
+    if backbone is not None:
+        belongs = f"{path} was tuned for"
+        there, refusal = metadata.identity, PromptFileError
+        check_same_backbone(there, backbone, belongs, error=refusal, force=force)
     return prompt_PD, metadata
 
 
@@ -174,15 +178,36 @@ def _read_metadata(path: Path, header: dict[str, str]) -> PromptMetadata:
         values = parse_json(header[METADATA_KEY])
         if not isinstance(values, dict):
             raise TypeError(f"it is no object but a {type(values).__name__}")
-        fields = {field.name: field for field in dataclasses.fields(PromptMetadata)}
-        if unknown := sorted({*values} - {*fields}):
-            raise ValueError(f"it has unknown keys: {', '.join(unknown)!r:.200}")
-        return PromptMetadata(**{name: _typed(values, field) for name, field in fields.items()})
+        values = _of_this_format(path, values)
+        fields = dataclasses.fields(PromptMetadata)
+        return PromptMetadata(**{field.name: _typed(values, field) for field in fields})
     except (KeyError, TypeError, ValueError) as error:
         raise PromptFileError(
             f"{path} is a safetensors file without the metadata of a prompt file that this release "
             f"knows ({error!r:.500}). Use a file that `softprompt train` wrote."
         ) from error
+
+
+def _of_this_format(path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """The metadata with the keys that `PromptMetadata` has."""
+    version = values.get("format_version", 1)
+    if type(version) is not int or version < 1:
+        raise ValueError(f"format_version is {version!r:.80}, not a whole number from 1 on")
+    if version > FORMAT_VERSION:
+        raise PromptFileError(
+            f"{path} is a prompt file of format version {version}, and this release reads "
+            f"versions 1 to {FORMAT_VERSION}. Install the release of softprompt-dist that wrote it "
+            f"({values.get('version')!r:.80}), or a later one."
+        )
+    values = values | {"format_version": FORMAT_VERSION}
+    if version > 1:
+        return values | {"identity": Identity.from_json(values["identity"])}
+    names = ("backbone", "backbone_fingerprint", "tokenizer_fingerprint")
+    if wrong := [name for name in names if type(values[name]) is not str]:
+        raise TypeError(f"{wrong[0]} is {values[wrong[0]]!r:.80}, not a str")
+    path_there, weights, vocabulary = (values[name] for name in names)
+    tokenizer = {"vocabulary": vocabulary} if vocabulary else {}
+    return values | {"identity": Identity(path_there, weights, tokenizer=tokenizer)}
 
 
 def _typed(values: dict[str, Any], field: dataclasses.Field[Any]) -> Any:
@@ -220,18 +245,3 @@ def _check_tensor(path: Path, prompt_PD: Tensor, metadata: PromptMetadata) -> No
             f"{path}: {num_bad} values of the prompt are NaN or infinite, and all must be numbers. "
             "Use another prompt."
         )
-
-
-def _check_backbone(
-    path: Path, metadata: PromptMetadata, fingerprint: str | None, *, force: bool
-) -> None:
-    if fingerprint is None or fingerprint == metadata.backbone_fingerprint:
-        return
-    message = (
-        f"{path} was tuned for backbone {metadata.backbone!r} with fingerprint "
-        f"{metadata.backbone_fingerprint}, but this backbone has fingerprint {fingerprint}. "
-        "A prompt works only with the weights it was tuned for."
-    )
-    if not force:
-        raise PromptFileError(f"{message} Use that backbone, or force it (--force, force=True).")
-    log.warning("%s Used all the same, as forced.", message)

@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import Tensor
 
-from softprompt_dist.backbone.base import Backbone
 from softprompt_dist.config import TuneConfig
 from softprompt_dist.errors import MachineError, PromptFileError
 from softprompt_dist.metrics.results import prompt_source
@@ -61,9 +60,7 @@ def evaluate(
     if ranks.is_main():
         warn_of_other_family(metadata, task.name, task.data.family)
         warn_of_other_prefix(metadata, task.config)
-    prompt_PD = ranks.together(
-        lambda: prompt_for(bench.backbone, request.prompt_file, force=request.force)
-    )
+    prompt_PD = ranks.together(lambda: prompt_for(bench, request.prompt_file, force=request.force))
     prompt = SoftPrompt(prompt_PD).to(ranks.device())
     answered = answer(bench, prompt, task, request.split, request.max_examples)
 
@@ -130,7 +127,7 @@ def evaluation_of(
         examples=[dataclasses.replace(e, target_text=e.target_text.strip()) for e in texts],
         predictions=task.spoken(generated),
         method=task.rule.name,
-        backbone=bench.backbone.path,
+        backbone=bench.identity,
         prompt=prompt_source(prompt_file),
         data=task.data.provenance(answered.split_name),
         others={name: found for name, found in compared.items() if len(found) == len(texts)},
@@ -139,18 +136,18 @@ def evaluation_of(
     )
 
 
-def prompt_for(backbone: Backbone, prompt_file: Path, *, force: bool) -> Tensor:
-    """prompt_PD of a file, which must fit the backbone.
+def prompt_for(bench: Bench, prompt_file: Path, *, force: bool) -> Tensor:
+    """prompt_PD of a file, which must fit the bench's backbone.
 
     Raises:
         PromptFileError: it was tuned for another backbone and not `force`, or has another width.
     """
-    prompt_PD, _ = load_prompt(prompt_file, backbone_fingerprint=backbone.fingerprint, force=force)
-    if prompt_PD.shape[1] != backbone.d_model:
+    prompt_PD, _ = load_prompt(prompt_file, backbone=bench.identity, force=force)
+    if prompt_PD.shape[1] != bench.backbone.d_model:
         raise PromptFileError(
             f"{prompt_file} holds a prompt of {prompt_PD.shape[0]} x {prompt_PD.shape[1]}, "
-            f"but this backbone's width is {backbone.d_model}, which --force cannot change. Use "
-            "the backbone it was tuned for."
+            f"but this backbone's width is {bench.backbone.d_model}, which --force cannot change. "
+            "Use the backbone it was tuned for."
         )
     return prompt_PD
 

@@ -136,7 +136,8 @@ def evaluation_result(evaluation: Evaluation, judgement: Judgement) -> Evaluatio
             "method": evaluation.method,
             "prompt": evaluation.prompt,
             "data": dict(evaluation.data),
-            "backbone": evaluation.backbone,
+            "backbone": evaluation.backbone.path,
+            "identity": evaluation.backbone,
             "version": __version__,
             "others": others,
             "verdicts": judgement.verdicts,
@@ -197,7 +198,7 @@ def _report(evaluation: Evaluation, judgement: Judgement, pictures: Mapping[str,
 
 
 def _made_by(evaluation: Evaluation) -> str:
-    made = f" Answers by {evaluation.method} with {evaluation.backbone}."
+    made = f" Answers by {evaluation.method} with {evaluation.backbone.name}."
     if evaluation.prompt is None:
         return made
     return f"{made} Prompt: {evaluation.prompt.file} (sha256 {evaluation.prompt.sha256[:16]}…)."

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from softprompt_dist.backbone.load import load_embedding, load_tokenizer, locate_backbone
 from softprompt_dist.config import BackboneConfig
+from softprompt_dist.data.tokenizer_identity import tokenizer_identity
 from softprompt_dist.errors import ConfigError, PromptFileError
 from softprompt_dist.parallel import ranks
-from softprompt_dist.prompt.file import load_prompt
+from softprompt_dist.prompt.file import PromptMetadata, load_prompt
 from softprompt_dist.prompt.neighbours import nearest_pieces
 
 
@@ -26,11 +28,19 @@ def describe_prompt(path: Path) -> list[str]:
     prompt_PD, metadata = load_prompt(path)
     norms_P = prompt_PD.norm(dim=-1)
     facts = {
-        **{name: json.dumps(value) for name, value in dataclasses.asdict(metadata).items()},
+        **{name: json.dumps(value) for name, value in _told(metadata)},
         "shape": f"{prompt_PD.shape[0]} x {prompt_PD.shape[1]}",
         "row_norms": f"min {norms_P.min():.4g}, mean {norms_P.mean():.4g}, max {norms_P.max():.4g}",
     }
     return [f"{name:<22}{text}" for name, text in facts.items()]
+
+
+def _told(metadata: PromptMetadata) -> Iterator[tuple[str, Any]]:
+    """Its facts, those of the backbone first."""
+    facts = dataclasses.asdict(metadata)
+    for name, value in facts.pop("identity").items():
+        yield "backbone" if name == "path" else f"backbone_{name}", value
+    yield from facts.items()
 
 
 def describe_neighbours(
@@ -51,7 +61,8 @@ def describe_neighbours(
     config = BackboneConfig(path=backbone_path, sharding="replicated")
     tokenizer = load_tokenizer(locate_backbone(config))
     embedding, identity = load_embedding(config)
-    prompt_PD, _ = load_prompt(path, backbone_fingerprint=identity.fingerprint, force=force)
+    identity = dataclasses.replace(identity, tokenizer=tokenizer_identity(tokenizer))
+    prompt_PD, _ = load_prompt(path, backbone=identity, force=force)
     if prompt_PD.shape[1] != embedding.table_VD.shape[1]:
         raise PromptFileError(
             f"{path} has rows of width {prompt_PD.shape[1]}, but {backbone_path} has width "

@@ -9,6 +9,7 @@ from typing import Any
 from softprompt_dist.data.examples import Example
 from softprompt_dist.data.floors import has_floors, majority_class, naive_bayes
 from softprompt_dist.data.tasks import TaskData
+from softprompt_dist.identity import Identity
 from softprompt_dist.metrics.answer import Answer
 from softprompt_dist.metrics.results import PromptSource
 from softprompt_dist.metrics.scores import Scores, compare, measure
@@ -31,7 +32,7 @@ class Evaluation:
     """The texts that are judged, in the order of `examples`."""
     method: str
     """How answers were made, such as `greedy` or `rank`."""
-    backbone: str
+    backbone: Identity
     prompt: PromptSource | None = None
     data: Mapping[str, Any] = field(default_factory=dict)
     """Where the split's rows came from; see `TaskData.provenance`."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import softprompt_dist
-from softprompt_dist.data.batching import tokenizer_fingerprint
 from softprompt_dist.errors import NonFiniteLossError, StoppedError
 from softprompt_dist.lifecycle.attempt import Attempt
 from softprompt_dist.lifecycle.vitals import Vitals
@@ -117,9 +116,7 @@ def publish_prompt(run: TuningRun, state: TuningState, records: Records) -> None
     prompt_PD = state.best_prompt_PD.cpu()
     assert state.best_score is not None
     metadata = PromptMetadata(
-        backbone_fingerprint=run.backbone.fingerprint,
-        backbone=run.backbone.path,
-        tokenizer_fingerprint=tokenizer_fingerprint(run.tokenizer),
+        identity=run.identity,
         task="+".join(task.name for task in run.tasks),
         task_family=joined(task.data.family for task in run.tasks),
         target_prefix=joined(task.config.target_prefix or "" for task in run.tasks),

@@ -13,7 +13,6 @@ from softprompt_dist.data.batching import (
     Tokenised,
     end_of_sequence,
     tokenise_inputs,
-    tokenizer_fingerprint,
 )
 from softprompt_dist.data.reading import TaskReader
 from softprompt_dist.data.tasks import task_reader
@@ -73,16 +72,10 @@ def _answer_all(
     encode = _encoder(texts)
     blocks = ranks.on_main(lambda: desk.next_blocks(encode))  # bad rows are said before the load
     bench = build_bench(config, ds_config, splits=None)
-    prompt_PD = ranks.together(
-        lambda: prompt_for(bench.backbone, request.prompt_file, force=request.force)
-    )
+    prompt_PD = ranks.together(lambda: prompt_for(bench, request.prompt_file, force=request.force))
     ranks.together(lambda: _check_positions(config, bench.backbone, len(prompt_PD), rule))
     prompt = SoftPrompt(prompt_PD).to(ranks.device())
-    weights = {
-        "backbone": bench.backbone.fingerprint,
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-    }
-    ranks.on_main(lambda: desk.begin(weights))
+    ranks.on_main(lambda: desk.begin(bench.identity))
     while blocks is not None:
         predictions = bench.scorer.predict_blocks(prompt, blocks, rule)
         ranks.on_main(partial(desk.write, predictions, rule.labels.texts))

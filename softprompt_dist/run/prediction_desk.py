@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from softprompt_dist.config import TuneConfig
 from softprompt_dist.data.reading import TaskReader
 from softprompt_dist.data.token_table import TokenTable
 from softprompt_dist.errors import DataError
+from softprompt_dist.identity import Identity
 from softprompt_dist.metrics.results import prompt_source
 from softprompt_dist.run.environment import describe_environment
 from softprompt_dist.run.prediction_journal import Totals
@@ -94,14 +95,14 @@ class PredictionDesk:
             return True
         return False
 
-    def begin(self, weights: Mapping[str, str]) -> None:
-        """Cut off a half-written window. From here on the output belongs to these weights.
+    def begin(self, backbone: Identity) -> None:
+        """Cut off a half-written window. From here on the output belongs to this backbone.
 
         Raises:
-            DataError: it belongs to others.
+            DataError: it belongs to another one.
             MachineError: it cannot be written.
         """
-        self.output.begin({**self._settings, **weights})
+        self.output.begin(self._settings, backbone)
         kept = self.output.totals.rows
         start = f"continues after row {kept}" if kept else "starts"
         _say(f"{self._request.output} {start}: task {self._config.task.name}.")
@@ -230,7 +231,7 @@ def _check_paths(request: PredictionRequest) -> None:
 
 
 def _settings(config: TuneConfig, request: PredictionRequest, reader: TaskReader) -> dict[str, Any]:
-    """All that decides what is written, but for the rows and the weights.
+    """All that decides what is written, but for the rows and the backbone.
 
     evaluation.batch_tokens is not among it: after an out-of-memory error a run may go on with less.
     """

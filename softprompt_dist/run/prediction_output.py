@@ -6,7 +6,7 @@ import fcntl
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from softprompt_dist.durable import cut_file, extend_file, flush_folder
 from softprompt_dist.errors import DataError, MachineError
+from softprompt_dist.identity import Identity
 from softprompt_dist.run.prediction_journal import Commit, PredictionJournal, Totals
 from softprompt_dist.run.prediction_rows import InputRow, RowStream, rows_digest
 
@@ -87,6 +88,14 @@ class PredictionOutput:
             for name, value in made_for.items()
             if before.get(name) != value
         ]
+        self._refuse(changed)
+
+    def _check_backbone(self, here: Identity) -> None:
+        before = None if self._fresh else self._journal.made_for()
+        if before is not None:
+            self._refuse([f"  {line}" for line in _backbone_of(before).differences(here)])
+
+    def _refuse(self, changed: Sequence[str]) -> None:
         if changed:
             lines = "\n".join(changed)
             raise DataError(f"{self.path} was made with other settings:\n{lines}\n{_FRESH}")
@@ -147,14 +156,21 @@ class PredictionOutput:
             raise DataError(_other_rows(self.path, again, self.totals.rows, commit.totals.rows))
         return again
 
-    def begin(self, made_for: Mapping[str, Any]) -> None:
+    def begin(self, made_for: Mapping[str, Any], backbone: Identity | None = None) -> None:
         """Cut off what is not kept; from here on nothing else is changed but by adding.
 
+        Args:
+            made_for: see `check_made_for`.
+            backbone: what answers; None where nothing is left to answer.
+
         Raises:
-            DataError: see `check_made_for`.
+            DataError: see `check_made_for`; or another backbone has answered so far.
             MachineError: the files cannot be written.
         """
         self.check_made_for(made_for)
+        if backbone is not None:
+            self._check_backbone(backbone)
+            made_for = {**made_for, "identity": asdict(backbone)}
         with self._writing():
             if self._kept_entries:
                 self._journal.cut(self._kept_entries)
@@ -197,6 +213,22 @@ class PredictionOutput:
                 f"Cannot write {self.path}: {error.strerror or error}. Free some space, give this "
                 f"user permission, or name another --output.{rest}"
             ) from error
+
+
+def _backbone_of(made_for: Mapping[str, Any]) -> Identity:
+    """What has answered so far; release 0.1.0 noted two digests of it.
+
+    Raises:
+        DataError: the journal was changed by hand.
+    """
+    try:
+        if "identity" in made_for:
+            return Identity.from_json(made_for["identity"])
+        tokenizer = {"vocabulary": made_for["tokenizer"]} if "tokenizer" in made_for else {}
+        values = {"path": "", "weights": made_for.get("backbone", ""), "tokenizer": tokenizer}
+        return Identity.from_json(values)
+    except ValueError as error:
+        raise DataError(f"The journal is damaged: {error}. {_FRESH}") from error
 
 
 def _held_alone(path: Path) -> IO[bytes]:

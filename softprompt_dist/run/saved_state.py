@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from softprompt_dist.config import TuneConfig
 from softprompt_dist.errors import CheckpointError
+from softprompt_dist.identity import Identity, check_same_backbone
 from softprompt_dist.lifecycle.attempt import Attempt
 from softprompt_dist.lifecycle.watchdog import doing
 from softprompt_dist.parallel import ranks
@@ -42,7 +44,7 @@ _FREE_TO_CHANGE: dict[str, Any] = {
     "health": ...,
 }
 """Settings that a resume may change: no result depends on them (dropout's draws aside), or the
-fingerprint decides."""
+backbone's identity decides."""
 
 
 _COUNTERS = (
@@ -102,7 +104,7 @@ def _save(run: TuningRun, state: TuningState, store: CheckpointStore) -> None:
         "validations_without_gain": state.validations_without_gain,
         "validated_step": state.validated_step,
         "prompt_sha256": digest,
-        "backbone_fingerprint": run.backbone.fingerprint,
+        "identity": dataclasses.asdict(run.identity),
         "data_digests": _digests(run),
         "recipe": _binding_recipe(run.config),
     }
@@ -110,8 +112,10 @@ def _save(run: TuningRun, state: TuningState, store: CheckpointStore) -> None:
     store.save(state.step, tensors, values, may_differ={_BEST_PROMPT})
 
 
-def restore(run: TuningRun, checkpoint: Checkpoint | None) -> TuningState:
+def restore(run: TuningRun, checkpoint: Checkpoint | None, *, force: bool = False) -> TuningState:
     """All ranks: the state that the run continues from, which is `checkpoint`'s if there is one.
+
+    `force`: though it was saved with another backbone, with a warning.
 
     Raises:
         CheckpointError: it belongs to another recipe, backbone or data. A run never begins again
@@ -122,6 +126,7 @@ def restore(run: TuningRun, checkpoint: Checkpoint | None) -> TuningState:
     values, tensors = checkpoint.state, checkpoint.tensors
     values.setdefault("validated_step", checkpoint.step)  # earlier versions did not save it
     ranks.together(lambda: _check_belongs(run, checkpoint))
+    ranks.together(lambda: _check_backbone(run, checkpoint, force=force))
     ranks.together(lambda: _check_forms(run, checkpoint))
     with torch.no_grad():
         run.prompt.weight.copy_(tensors["prompt"])
@@ -155,12 +160,10 @@ def _binding_recipe(config: TuneConfig) -> dict[str, Any]:
 def _check_belongs(run: TuningRun, checkpoint: Checkpoint) -> None:
     values = checkpoint.state
     now = {
-        "backbone fingerprint": run.backbone.fingerprint,
         "data": _digests(run),
         **_flat(_binding_recipe(run.config)),
     }
     then = {
-        "backbone fingerprint": values.get("backbone_fingerprint"),
         "data": values.get("data_digests"),
         **_flat(recipe if isinstance(recipe := values.get("recipe"), dict) else {}),
     }
@@ -173,6 +176,18 @@ def _check_belongs(run: TuningRun, checkpoint: Checkpoint) -> None:
             f"The checkpoint of step {checkpoint.step} belongs to another run:\n{lines}\n"
             "Use the saved values, another --run-dir, or --fresh to set the old run aside."
         )
+
+
+def _check_backbone(run: TuningRun, checkpoint: Checkpoint, *, force: bool) -> None:
+    values = checkpoint.state
+    # Release 0.1.0 saved of it the digest of the weights alone.
+    of_weights = {"path": "", "weights": values.get("backbone_fingerprint")}
+    try:
+        there = Identity.from_json(values.get("identity", of_weights))
+    except ValueError as error:
+        raise _not_of_train(checkpoint, str(error)) from error
+    belongs = f"The checkpoint of step {checkpoint.step} was saved with"
+    check_same_backbone(there, run.identity, belongs, error=CheckpointError, force=force)
 
 
 def _check_forms(run: TuningRun, checkpoint: Checkpoint) -> None:

@@ -38,6 +38,7 @@ def train(
     *,
     fresh: bool = False,
     must_resume: bool = False,
+    force: bool = False,
 ) -> None:
     """All ranks: one run, from recipe to report, continuing where an earlier attempt stopped.
 
@@ -46,6 +47,7 @@ def train(
         ds_config: engine plumbing, or None for ours.
         fresh: set the directory's checkpoints aside first.
         must_resume: refuse to run without a checkpoint.
+        force: go on, or begin with a prompt file, though the backbone is another one.
     """
     directory = RunDirectory(Path(str(config.run_directory)))
     directory.create()
@@ -54,8 +56,8 @@ def train(
         preflight(directory.path, _bytes_to_write(config), partial(print, flush=True))
         with doing("loading", config.health.slow_timeout_seconds):
             checkpoint = _find_checkpoint(config, directory, attempt, fresh, must_resume)
-            run = build_tuning_run(config, ds_config)
-            state = restore(run, checkpoint)
+            run = build_tuning_run(config, ds_config, force=force)
+            state = restore(run, checkpoint, force=force)
         attempt.reopen()  # only now: a recipe that does not belong here leaves all as it was
         # Only once the checkpoint has been found to belong to this recipe.
         directory.record(to_yaml(config), describe_environment(), _data_records(run))

@@ -27,7 +27,9 @@ from softprompt_dist.data.bucketing import MicroBatchLimit, dealt, micro_batches
 from softprompt_dist.data.encoding import encode_texts
 from softprompt_dist.data.mixture import MixtureOrder, mixing_rates
 from softprompt_dist.data.sources import SPLITS
+from softprompt_dist.data.tokenizer_identity import tokenizer_identity
 from softprompt_dist.errors import ConfigError, DataError, InvariantError
+from softprompt_dist.identity import Identity
 from softprompt_dist.parallel import ranks, stop
 from softprompt_dist.parallel.equality import assert_equal_on_all_ranks, assert_same_on_all_ranks
 from softprompt_dist.prompt.initialise import initialise_prompt
@@ -49,6 +51,8 @@ class Bench:
     tasks: tuple[LoadedTask, ...]
     """The recipe's task, then those of its mixture; none where texts come from elsewhere."""
     backbone: Backbone
+    identity: Identity
+    """Of the backbone with its tokenizer."""
     scorer: Scorer
     transfers: tuple[LoadedTask, ...] = ()
     """What the tuned prompt is scored on besides, each with one split."""
@@ -167,10 +171,13 @@ def build_bench(
     stop.end_here_if_asked("reading the rows")
     backbone = load_backbone(config.backbone, ds_config)
     stop.end_here_if_asked("loading the backbone")
-    assert_same_on_all_ranks(backbone.fingerprint, "The backbone's fingerprint")
+    tokenizer = texts.reader.tokenizer
+    known = ranks.together(lambda: tokenizer_identity(tokenizer))
+    identity = dataclasses.replace(backbone.identity, tokenizer=known)
+    assert_same_on_all_ranks(identity.digest, "The digest of the backbone's identity")
     ranks.together(lambda: _check_positions(config, backbone, [*texts.tasks, *texts.transfers]))
-    scorer = Scorer(backbone, texts.reader.tokenizer, config.evaluation.batch_tokens)
-    return Bench(config, texts.reader, texts.tasks, backbone, scorer, texts.transfers)
+    scorer = Scorer(backbone, tokenizer, config.evaluation.batch_tokens)
+    return Bench(config, texts.reader, texts.tasks, backbone, identity, scorer, texts.transfers)
 
 
 @dataclass(frozen=True)
@@ -205,8 +212,12 @@ def _read_texts(config: TuneConfig, splits: Sequence[str] | None, *, for_tuning:
     return _Texts(folder, reader, tasks, targets)
 
 
-def build_tuning_run(config: TuneConfig, ds_config: dict[str, Any] | None = None) -> TuningRun:
+def build_tuning_run(
+    config: TuneConfig, ds_config: dict[str, Any] | None = None, *, force: bool = False
+) -> TuningRun:
     """All ranks: a bench, the prompt on it and its optimizer, with the invariants checked.
+
+    `force`: begin with the prompt of a file though it was tuned for another backbone.
 
     Raises:
         SoftpromptError: see `build_bench`; or the ranks do not divide the batch.
@@ -215,7 +226,7 @@ def build_tuning_run(config: TuneConfig, ds_config: dict[str, Any] | None = None
     bench = build_bench(config, ds_config, for_tuning=True)
     rank, world_size = ranks.rank(), ranks.world_size()
     restore_random_state(derived_random_state(config.seed, 0, rank, world_size))
-    prompt = SoftPrompt(_initial_prompt(bench)).to(ranks.device())
+    prompt = SoftPrompt(_initial_prompt(bench, force=force)).to(ranks.device())
     num_examples = [len(task.splits["train"].texts) for task in bench.tasks]
     run = TuningRun(
         **vars(bench),
@@ -265,7 +276,7 @@ def _longest_row(task: LoadedTask) -> int:
     return max(tuned, answered)
 
 
-def _initial_prompt(bench: Bench) -> Tensor:
+def _initial_prompt(bench: Bench, *, force: bool) -> Tensor:
     """Drawn once on every rank, then rank 0's is taken by all."""
     initial_PD = initialise_prompt(
         bench.config.prompt,
@@ -275,6 +286,7 @@ def _initial_prompt(bench: Bench) -> Tensor:
         labels=tuple(dict.fromkeys(x for task in bench.tasks for x in task.data.labels)),
         d_model=bench.backbone.d_model,
         generator=torch.Generator().manual_seed(bench.config.seed),
-        backbone_fingerprint=bench.backbone.fingerprint,
+        backbone=bench.identity,
+        force=force,
     )
     return ranks.broadcast(initial_PD.to(ranks.device()).contiguous())

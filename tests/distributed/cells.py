@@ -85,7 +85,7 @@ def gradient_in_cell(folder: str, name: str, settings: Settings) -> dict[str, An
     return {
         "losses": losses,
         "gathered_bytes_left": sum(p.numel() for p in backbone.parameters()),
-        "fingerprint": backbone.fingerprint,
+        "identity": backbone.identity.digest,
     }
 
 

@@ -55,7 +55,7 @@ def gradient_on_this_rank(folder: str, prompt_file: str, sharding: str) -> dict[
         "loss": metrics["loss"],
         "num_tokens": metrics["num_tokens"],
         "gradient_file": str(result),
-        "fingerprint": backbone.fingerprint,
+        "identity": backbone.identity.digest,
         "live_elements": sum(block.flat.numel() for block in backbone.blocks()),
         "sharding": sharding,
         "threads": torch.get_num_threads(),

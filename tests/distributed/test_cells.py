@@ -271,4 +271,4 @@ def test_nothing_stays_gathered_and_all_have_one_identity(on_two, model):
     for cell in every:
         left = on_two.everywhere(model, cell, "gathered_bytes_left")
         assert (left == {0}) == cell.startswith("zero3")
-    assert len(set.union(*(on_two.everywhere(model, c, "fingerprint") for c in every))) == 1
+    assert len(set.union(*(on_two.everywhere(model, c, "identity") for c in every))) == 1

@@ -117,7 +117,7 @@ def test_every_cell_gives_the_reference_gradient(cell, prompt_PD, name, plain):
         gradient = load_file(result["gradient_file"])["gradient"]
         assert_same((result["loss"], gradient), plain(prompt_PD))
         assert result["num_tokens"] == sum(len(e.target_ids) for e in equivalence.EXAMPLES)
-    assert len({result["fingerprint"] for result in results}) == 1
+    assert len({result["identity"] for result in results}) == 1
 
 
 def test_nothing_stays_gathered_after_a_step(cell):

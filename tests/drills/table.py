@@ -105,6 +105,6 @@ DRILLS = {
     "D35": Drill("secrets in the environment and the command", "in no file and on no screen"),
     "D36": Drill("permissions under umask 077", "folders 0700, files 0600"),
     "D37": Drill("clocks that jump", "chosen by step and manifest, not by time"),
-    "D38": Drill("resumed with another recipe or data", "refused, with both values"),
+    "D38": Drill("resumed with another recipe, data or backbone", "refused, with both values"),
     "D39": Drill("the network disk is away now and then", "tried again; nothing is lost"),
 }

@@ -42,6 +42,7 @@ from softprompt_dist.data.sources import SplitSource
 from softprompt_dist.data.split_reading import check_rows, read_split
 from softprompt_dist.data.tasks import task_reader
 from softprompt_dist.errors import BackboneError
+from softprompt_dist.identity import Identity
 from softprompt_dist.prompt.file import PromptMetadata, load_prompt, save_prompt
 from softprompt_dist.recipe import apply_override, check_values, load_recipe, to_yaml
 from softprompt_dist.task_config import TaskConfig
@@ -56,7 +57,7 @@ from tests.fuzz.run_directory import run_directory_targets
 
 _CATALOGUE = ("boolq", "record", "multirc", "wsc", "squad", "stsb")
 _PROMPT = PromptMetadata(
-    backbone_fingerprint="f" * 32, backbone="demo:tiny-t5", tokenizer_fingerprint="e" * 32,
+    identity=Identity("demo:tiny-t5", "f" * 32, {"model_type": "t5"}, {"vocabulary": "e" * 64}),
     task="foods", initialisation="text", step=30, metric="accuracy", score=87.5, prompt_length=2,
     d_model=3, version="0.1.0",
 )  # fmt: skip

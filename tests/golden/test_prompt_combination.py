@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from softprompt_dist.backbone.base import Identity
 from softprompt_dist.backbone.seq2seq import Seq2SeqBackbone
 from softprompt_dist.data.batching import TokenBatch
+from softprompt_dist.identity import Identity
 from softprompt_dist.prompt.module import SoftPrompt
 
 DATA = Path(__file__).parent / "data" / "prompt_init"

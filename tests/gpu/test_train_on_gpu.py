@@ -66,4 +66,4 @@ def test_three_steps_train_the_prompt_and_nothing_else(
     assert (prompt_PD.dtype, prompt_PD.shape) == (torch.float32, (5, 32))
     assert torch.isfinite(prompt_PD).all()
     on_disk = load_backbone(BackboneConfig(path=str(tiny_t5), sharding="replicated"))
-    assert runs.prompt_metadata(best)["backbone_fingerprint"] == on_disk.fingerprint
+    assert runs.prompt_metadata(best)["identity"]["weights"] == on_disk.identity.weights

@@ -181,8 +181,8 @@ def test_a_prompt_of_another_backbone_is_refused_unless_forced(
     prompt = tuned / "prompt" / "best.safetensors"
     arguments = ["--prompt", prompt, "--set", f"backbone.path={other_backbone}"]
     outcome = said(evaluate.main, *arguments)
-    tuned_for = runs.prompt_metadata(prompt)["backbone_fingerprint"]
-    assert_message(outcome, tuned_for, "this backbone has fingerprint", "--force")
+    tuned_for = runs.prompt_metadata(prompt)["identity"]["weights"]
+    assert_message(outcome, f"weights: {tuned_for} there, ", "--force")
     code, out, _ = said(evaluate.main, *arguments, "--force")
     assert code == 0
     assert "tuned prompt" in out

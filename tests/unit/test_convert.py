@@ -49,7 +49,7 @@ def assert_same_weights(one: Backbone, other: Backbone) -> None:
     assert [n for n in held if not torch.equal(held[n], expected[n])] == []
     ids = torch.arange(one.vocabulary_size)
     assert torch.equal(one.embedding(ids), other.embedding(ids))
-    assert one.fingerprint == other.fingerprint
+    assert one.identity.digest == other.identity.digest
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
@@ -210,7 +210,7 @@ def test_a_copy_of_a_copy_still_has_the_identity_of_the_first(
     halved = copy_of(tiny_t5, tmp_path / "bf16", "bf16")
     quantized = copy_of(halved, tmp_path / "int8", "int8")
     again = copy_of(quantized, tmp_path / "again", "int8", "--max-shard-size", "20KB")
-    assert load(again).fingerprint == load(tiny_t5).fingerprint
+    assert load(again).identity.digest == load(tiny_t5).identity.digest
     assert_same_weights(load(again, quantization="int8"), load(quantized, quantization="int8"))
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from softprompt_dist.data.examples import Example
+from softprompt_dist.identity import Identity
 from softprompt_dist.metrics.results import PromptSource, read_result
 from softprompt_dist.run.evaluation_report import (
     EvaluationFiles,
@@ -28,7 +29,7 @@ def evaluation(predictions=GOOD, **changes):
         "examples": [Example(f"text {i}", t, f"row {i}") for i, t in enumerate(TARGETS)],
         "predictions": predictions,
         "method": "greedy",
-        "backbone": "a T5",
+        "backbone": Identity("a T5", "0a1b", {}, {}, "fp32"),
         "prompt": PromptSource(file="best.safetensors", sha256="ab" * 32),
         "others": {"majority class": ["yes"] * 40},
     }
@@ -114,10 +115,8 @@ def test_the_report_is_for_people(tmp_path):
     report = files.report.read_text()
     assert report.startswith("# mrpc, validation\n\n| ")
     assert screen_text(evaluation(), judge(evaluation())) in report
-    assert (
-        "Answers by greedy with a T5. Prompt: best.safetensors (sha256 abababababababab…)."
-        in report
-    )
+    made_by = f"Answers by greedy with a T5 ({evaluation().backbone.digest[:12]}, fp32)."
+    assert f"{made_by} Prompt: best.safetensors (sha256 abababababababab…)." in report
     assert "| (invalid) |" in report
     assert "![Learning curve](plots/curve.png)\n\n![Confusion matrix](confusion.png)" in report
     assert "| 'entail' | 2 |" in report

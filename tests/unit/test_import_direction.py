@@ -43,6 +43,7 @@ SINGLES = {
     "launcher": set(),
     "progress": set(),
     "screen": set(),
+    "identity": {"errors"},
     "names": {"errors"},
     "cache": {"errors"},
     "durable": {"errors"},

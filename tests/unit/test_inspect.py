@@ -9,6 +9,7 @@ from softprompt_dist import inspect
 from softprompt_dist.backbone.load import load_embedding
 from softprompt_dist.config import BackboneConfig
 from softprompt_dist.errors import ConfigError, PromptFileError
+from softprompt_dist.identity import Identity
 from softprompt_dist.prompt.file import PromptMetadata, save_prompt
 from tests.models import make_t5, save_model
 
@@ -35,9 +36,7 @@ def prompt_file(backbone, tmp_path):
     table = model.get_input_embeddings().weight.detach()
     prompt = torch.stack([table[7] * 40, table[3] * 0.5, table[NUM_PIECES]])
     metadata = PromptMetadata(
-        backbone_fingerprint=identity.fingerprint,
-        backbone="some/t5",
-        tokenizer_fingerprint="t",
+        identity=dataclasses.replace(identity, path="some/t5"),
         task="vader-movies",
         initialisation="class_labels",
         step=12,
@@ -93,7 +92,7 @@ def test_rows_can_be_limited(backbone, prompt_file, capsys):
 
 def test_another_backbone_is_refused_unless_forced(backbone, prompt_file, capsys):
     path, prompt, metadata = prompt_file
-    save_prompt(path, prompt, dataclasses.replace(metadata, backbone_fingerprint="0123"))
+    save_prompt(path, prompt, dataclasses.replace(metadata, identity=Identity("there", "0123")))
     arguments = [str(path), "--backbone", str(backbone[0])]
 
     with pytest.raises(PromptFileError, match="0123"):

@@ -185,7 +185,7 @@ def test_sharded_safetensors_load_and_a_missing_shard_is_named(tmp_path: Path) -
     make_t5(256).save_pretrained(str(tmp_path), max_shard_size="40KB")
     shards = sorted(tmp_path.glob("model-*.safetensors"))
     assert len(shards) > 2
-    assert load(tmp_path).fingerprint == load_whole_twin(tmp_path).fingerprint
+    assert load(tmp_path).identity.digest == load_whole_twin(tmp_path).identity.digest
     shards[1].unlink()
     with pytest.raises(BackboneError, match=shards[1].name):
         load(tmp_path)
@@ -206,7 +206,7 @@ def as_pytorch_file(folder: Path) -> Path:
 
 def test_a_pytorch_checkpoint_loads_and_is_checked_too(t5_folder: Path, tiny_t5: Path) -> None:
     file = as_pytorch_file(t5_folder)
-    assert load(t5_folder).fingerprint == load(tiny_t5).fingerprint
+    assert load(t5_folder).identity.digest == load(tiny_t5).identity.digest
     weights = torch.load(file)
     del weights["lm_head.weight"]
     torch.save(weights, file)
@@ -353,21 +353,23 @@ def test_fp16_is_refused_with_the_reason() -> None:
         load_recipe(TuneConfig, None, ["backbone.dtype=fp16"])
 
 
-def test_the_fingerprint_is_that_of_the_weights(tiny_t5: Path, t5_folder: Path) -> None:
-    fingerprint = load(tiny_t5).fingerprint
-    assert len(fingerprint) == 32
+def test_the_identity_is_that_of_the_weights_in_any_precision(
+    tiny_t5: Path, t5_folder: Path
+) -> None:
+    digest = load(tiny_t5).identity.digest
+    assert len(digest) == 32
     bf16 = load(t5_folder, dtype="bf16")
     assert bf16.dtype == torch.bfloat16
-    assert bf16.fingerprint == load(t5_folder).fingerprint == fingerprint
+    assert bf16.identity.digest == load(t5_folder).identity.digest == digest
 
     def nudge(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         weights["lm_head.weight"][0, 0] += 0.5
         return weights
 
     change_weights(t5_folder, nudge)
-    assert load(t5_folder).fingerprint != fingerprint
+    assert load(t5_folder).identity.digest != digest
 
 
-def test_families_do_not_share_a_fingerprint(tiny_t5: Path, tiny_llama: Path) -> None:
-    assert load(tiny_t5).fingerprint != load(tiny_llama).fingerprint
+def test_families_do_not_share_an_identity(tiny_t5: Path, tiny_llama: Path) -> None:
+    assert load(tiny_t5).identity.digest != load(tiny_llama).identity.digest
     assert AutoModelForCausalLM.from_pretrained(str(tiny_llama)).config.tie_word_embeddings

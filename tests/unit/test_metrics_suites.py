@@ -9,6 +9,7 @@ import pytest
 from softprompt_dist import tasks
 from softprompt_dist.data.catalogue.registry import CATALOGUE
 from softprompt_dist.errors import DataError
+from softprompt_dist.identity import Identity
 from softprompt_dist.metrics.results import (
     EvaluationResult,
     prompt_source,
@@ -110,6 +111,12 @@ def test_results_of_a_benchmark_belong_together(result):
         scores_by_task({first: result, second: result})
     with pytest.raises(DataError, match=r"a\.json was scored on validation, but b\.json on test"):
         scores_by_task({first: result, second: other.model_copy(update={"split": "test"})})
+    here = result.model_copy(update={"identity": Identity("t5", "aa", dtype="fp32")})
+    there = other.model_copy(update={"identity": Identity("copy", "aa", dtype="bf16")})
+    assert scores_by_task({first: here, second: there}).keys() == {"mrpc", "qqp"}
+    there = other.model_copy(update={"identity": Identity("t5", "bb")})
+    with pytest.raises(DataError, match=r"a\.json and b\.json .*weights: aa there, bb here"):
+        scores_by_task({first: here, second: there})
 
 
 def write_results(folder, result, tasks):

@@ -18,6 +18,7 @@ from softprompt_dist.config import TuneConfig
 from softprompt_dist.data.batching import TokenExample, Tokenised
 from softprompt_dist.data.tasks import task_reader
 from softprompt_dist.errors import DataError, MachineError, SoftpromptError
+from softprompt_dist.identity import Identity
 from softprompt_dist.run import prediction_desk
 from softprompt_dist.run.prediction_desk import PredictionDesk, PredictionRequest
 from softprompt_dist.run.scoring import Prediction
@@ -86,7 +87,7 @@ class Job:
         if desk.open():
             return 0
         blocks, done = desk.next_blocks(encode), 0
-        desk.begin({"backbone": self.weights})
+        desk.begin(Identity("t5", self.weights))
         while blocks is not None and done != windows:
             desk.write(answers(blocks), ["label"])
             blocks = desk.next_blocks(encode)
@@ -291,7 +292,7 @@ def test_other_weights_are_refused_before_anything_is_cut(job: Job) -> None:
     job.run(windows=1)
     job.output.write_bytes(job.output.read_bytes() + b"half a li")
     job.weights = "others"
-    assert "backbone: 'those' then, 'others' now" in job.refused()
+    assert "weights: those there, others here" in job.refused()
 
 
 def test_an_output_that_was_changed_is_refused(job: Job, whole: bytes) -> None:

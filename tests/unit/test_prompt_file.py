@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from softprompt_dist.errors import PromptFileError
+from softprompt_dist.identity import Identity
 from softprompt_dist.prompt.file import (
     PromptMetadata,
     joined,
@@ -18,9 +19,14 @@ from softprompt_dist.prompt.file import (
 )
 
 METADATA = PromptMetadata(
-    backbone_fingerprint="f" * 32,
-    backbone="demo:tiny-t5",
-    tokenizer_fingerprint="e" * 32,
+    identity=Identity(
+        "demo:tiny-t5",
+        "f" * 32,
+        {"model_type": "t5", "layer_norm_epsilon": 1e-6},
+        {"vocabulary": "e" * 64},
+        "bf16",
+        "none",
+    ),
     task="vader-movies",
     initialisation="class_labels",
     step=30_000,
@@ -31,6 +37,7 @@ METADATA = PromptMetadata(
     version="0.1.0",
 )
 PROMPT = torch.arange(12.0).reshape(3, 4) * 1e-3
+OTHER = Identity("elsewhere", "0123")
 HEADER = {"softprompt": json.dumps(dataclasses.asdict(METADATA))}
 
 
@@ -46,7 +53,7 @@ def with_metadata(**changes):
 def test_what_was_saved_is_loaded_to_the_bit(path):
     save_prompt(path, PROMPT, METADATA)
 
-    prompt, metadata = load_prompt(path, backbone_fingerprint=METADATA.backbone_fingerprint)
+    prompt, metadata = load_prompt(path, backbone=METADATA.identity)
 
     assert torch.equal(prompt, PROMPT)
     assert metadata == METADATA
@@ -149,19 +156,19 @@ def test_path_without_a_file_is_refused(tmp_path, name):
 def test_prompt_of_another_backbone_is_refused_showing_both(path):
     save_prompt(path, PROMPT, METADATA)
 
-    with pytest.raises(PromptFileError, match=f"{METADATA.backbone_fingerprint}.*0123"):
-        load_prompt(path, backbone_fingerprint="0123")
+    with pytest.raises(PromptFileError, match=f"weights: {'f' * 32} there, 0123 here"):
+        load_prompt(path, backbone=OTHER)
 
 
 def test_prompt_of_another_backbone_can_be_forced_with_a_warning(path, caplog):
     save_prompt(path, PROMPT, METADATA)
 
     with caplog.at_level(logging.WARNING):
-        prompt, _ = load_prompt(path, backbone_fingerprint="0123", force=True)
+        prompt, _ = load_prompt(path, backbone=OTHER, force=True)
 
     assert torch.equal(prompt, PROMPT)
     assert "0123" in caplog.text
-    assert METADATA.backbone_fingerprint in caplog.text
+    assert METADATA.identity.weights in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -202,9 +209,44 @@ def test_a_prompt_knows_what_its_answers_begin_with(path):
     assert load_prompt(path)[1] == both
 
 
-def test_a_prompt_file_of_before_there_were_prefixes_has_none(path):
-    earlier = dataclasses.asdict(METADATA)
-    del earlier["target_prefix"]
-    path.parent.mkdir()
-    save_file({"prompt": PROMPT}, path, metadata={"softprompt": json.dumps(earlier)})
-    assert load_prompt(path)[1] == METADATA
+def save_with(path, values):
+    path.parent.mkdir(exist_ok=True)
+    save_file({"prompt": PROMPT}, path, metadata={"softprompt": json.dumps(values)})
+    return path
+
+
+def of_release_0_1():
+    """The metadata as that release wrote them, at first without `target_prefix`."""
+    values = dataclasses.asdict(METADATA)
+    for name in ("identity", "format_version", "target_prefix"):
+        del values[name]
+    return values | {
+        "backbone": "demo:tiny-t5",
+        "backbone_fingerprint": "f" * 32,
+        "tokenizer_fingerprint": "e" * 64,
+    }
+
+
+def test_a_prompt_file_of_release_0_1_is_read_and_compared_by_what_it_has(path):
+    save_with(path, of_release_0_1())
+    prompt, metadata = load_prompt(path, backbone=METADATA.identity)
+    assert torch.equal(prompt, PROMPT)
+    known = Identity("demo:tiny-t5", "f" * 32, tokenizer={"vocabulary": "e" * 64})
+    assert metadata == dataclasses.replace(METADATA, identity=known)
+    assert metadata.target_prefixes == (None,)
+    with pytest.raises(PromptFileError, match="weights: f+ there, 0123 here"):
+        load_prompt(path, backbone=OTHER)
+    other = dataclasses.replace(METADATA.identity, tokenizer={"vocabulary": "d" * 64})
+    with pytest.raises(PromptFileError, match=r"tokenizer\.vocabulary: e+ there, d+ here"):
+        load_prompt(path, backbone=other)
+
+
+def test_keys_of_a_later_release_are_passed_over(path):
+    later = dataclasses.asdict(METADATA) | {"of_a_later_release": [1]}
+    assert load_prompt(save_with(path, later))[1] == METADATA
+
+
+def test_a_later_format_is_refused_with_the_release_that_wrote_it(path):
+    later = dataclasses.asdict(METADATA) | {"format_version": 3, "version": "7.1"}
+    with pytest.raises(PromptFileError, match=r"version 3.*versions 1 to 2.*Install.*'7\.1'"):
+        load_prompt(save_with(path, later))

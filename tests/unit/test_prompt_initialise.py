@@ -5,6 +5,7 @@ import torch
 
 from softprompt_dist.config import PromptConfig
 from softprompt_dist.errors import PromptFileError
+from softprompt_dist.identity import Identity
 from softprompt_dist.prompt.file import PromptMetadata, save_prompt
 from softprompt_dist.prompt.initialise import initialise_prompt
 
@@ -25,7 +26,7 @@ class Table:
         return TABLE[ids_N].to(self.dtype)
 
 
-def initialise(embed=None, labels=("good", "very bad"), seed=0, fingerprint=None, **settings):
+def initialise(embed=None, labels=("good", "very bad"), seed=0, backbone=None, **settings):
     return initialise_prompt(
         PromptConfig(**settings),
         embed=embed or Table(),
@@ -34,7 +35,7 @@ def initialise(embed=None, labels=("good", "very bad"), seed=0, fingerprint=None
         labels=labels,
         d_model=D_MODEL,
         generator=torch.Generator().manual_seed(seed),
-        backbone_fingerprint=fingerprint,
+        backbone=backbone and Identity("here", backbone),
     )
 
 
@@ -46,9 +47,7 @@ def rows_in_table(prompt):
 def prompt_file(tmp_path):
     path = tmp_path / "prompt.safetensors"
     metadata = PromptMetadata(
-        backbone_fingerprint="aa",
-        backbone="b",
-        tokenizer_fingerprint="t",
+        identity=Identity("b", "aa"),
         task="task",
         initialisation="class_labels",
         step=1,
@@ -170,22 +169,22 @@ def test_population_beyond_the_table_is_clamped_with_a_warning(caplog):
 
 def test_file_is_taken_as_it_is(prompt_file):
     prompt = initialise(
-        initialisation="file", file=str(prompt_file), prompt_length=3, fingerprint="aa"
+        initialisation="file", file=str(prompt_file), prompt_length=3, backbone="aa"
     )
 
     assert torch.equal(prompt, torch.full((3, D_MODEL), 2.0))
 
 
 @pytest.mark.parametrize(
-    ("prompt_length", "fingerprint", "message"),
-    [(4, "aa", f"needs 4 x {D_MODEL}"), (3, "bb", "fingerprint aa.*fingerprint bb")],
+    ("prompt_length", "backbone", "message"),
+    [(4, "aa", f"needs 4 x {D_MODEL}"), (3, "bb", "weights: aa there, bb here")],
     ids=["other length", "other backbone"],
 )
-def test_file_that_does_not_fit_is_refused(prompt_file, prompt_length, fingerprint, message):
+def test_file_that_does_not_fit_is_refused(prompt_file, prompt_length, backbone, message):
     with pytest.raises(PromptFileError, match=message):
         initialise(
             initialisation="file",
             file=str(prompt_file),
             prompt_length=prompt_length,
-            fingerprint=fingerprint,
+            backbone=backbone,
         )

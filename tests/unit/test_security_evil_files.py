@@ -109,7 +109,9 @@ def test_pickles_are_read_by_no_reader(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"other": 1}, "unknown keys: 'other'"),
+        ({"format_version": "2"}, "format_version is '2'"),
+        ({"identity": {"path": "a", "weights": 7}}, "identity.weights"),
+        ({"identity": {"path": "a", "weights": "", "config": [1]}}, "identity.config"),
         ({"score": float("nan")}, "NaN is no number"),
         ({"score": 10**400}, "score"),
         ({"step": -1}, "step is not between"),

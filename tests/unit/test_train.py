@@ -66,7 +66,7 @@ def test_a_run_leaves_what_the_readme_promises(tune: Tune, tiny_t5: Path) -> Non
         line["step"]: line["accuracy"] for line in runs.metrics_without_time(run_dir, "validation")
     }
     assert facts["score"] == max(scores.values()) == scores[facts["step"]]
-    assert (facts["backbone"], facts["task"]) == (str(tiny_t5), "foods")
+    assert (facts["identity"]["path"], facts["task"]) == (str(tiny_t5), "foods")
     assert (facts["prompt_length"], facts["d_model"]) == (5, 32)
     stored = runs.checkpoint_tensors(run_dir, 6)["best_prompt"]
     assert torch.equal(load_file(best)["prompt"], stored)
