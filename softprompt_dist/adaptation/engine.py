@@ -30,6 +30,7 @@ from softprompt_dist.lifecycle.watchdog import tick
 from softprompt_dist.parallel import ranks
 from softprompt_dist.parallel.deepspeed_start import start_deepspeed
 from softprompt_dist.parallel.host_memory import keep_freed_memory
+from softprompt_dist.private_names import assert_known
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class AdaptationEngine:
     def __init__(
         self, config: AdaptConfig, hf_config: PretrainedConfig, ds_config: dict[str, Any] | None
     ) -> None:
+        ranks.together(lambda: assert_known("transformers"))
         start_deepspeed()
         import deepspeed
 

@@ -26,6 +26,7 @@ from softprompt_dist.identity import Identity
 from softprompt_dist.parallel import ranks
 from softprompt_dist.parallel.deepspeed_start import start_deepspeed
 from softprompt_dist.parallel.groups import shard_group
+from softprompt_dist.private_names import assert_known
 
 log = logging.getLogger(__name__)
 
@@ -116,9 +117,10 @@ def load_backbone(config: BackboneConfig, ds_config: dict[str, Any] | None = Non
     Raises:
         BackboneError: unreadable, incomplete or unsupported checkpoint.
         ConfigError: DeepSpeed does not know a setting of the ds_config.
-        MachineError: `shard_group: node` on nodes that cannot be told apart, or `offload: nvme`
-            where nothing can be written.
+        MachineError: transformers or DeepSpeed lacks what we build on; `shard_group: node` on nodes
+            that cannot be told apart, or `offload: nvme` where nothing can be written.
     """
+    ranks.together(lambda: assert_known("transformers"))
     if config.sharding == "zero3":
         start_deepspeed()
     ranks.together(lambda: assert_offload_possible(config))

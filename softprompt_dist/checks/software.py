@@ -10,16 +10,8 @@ import sys
 from collections.abc import Callable
 
 from softprompt_dist.checks.finding import Finding, Status
+from softprompt_dist.private_names import PRIVATE_NAMES, TESTED_VERSIONS, missing_names
 
-TESTED_VERSIONS = {
-    "torch": "2.13.0",
-    "deepspeed": "0.19.8",
-    "transformers": "5.23.0",
-    "accelerate": "1.15.0",
-    "datasets": "5.2.0",
-    "safetensors": "0.8.0",
-}
-"""The versions this release was tested with, as in constraints.txt."""
 TESTED_BITSANDBYTES = "0.50.2"
 """Apart from the others: only some recipes need it."""
 
@@ -48,7 +40,12 @@ def check_versions(version_of: VersionOf = importlib.metadata.version) -> list[F
             remedy = "Install it: pip install -c constraints.txt softprompt-dist."
             findings.append(Finding(name, "fail", "not installed", remedy))
             continue
-        findings.append(_version_finding(name, found, tested))
+        missing = missing_names(name) if name in PRIVATE_NAMES else []
+        if missing:
+            remedy = f"Install the version that has them: pip install {name}=={tested}."
+            findings.append(Finding(name, "fail", f"{found} lacks {', '.join(missing)}", remedy))
+        else:
+            findings.append(_version_finding(name, found, tested))
     return findings
 
 
@@ -105,11 +102,12 @@ def _version_finding(name: str, found: str, tested: str) -> Finding:
         oldest = ".".join(map(str, _OLDEST_TORCH))
         remedy = f"Install torch {oldest} or newer: older ones can be attacked by a crafted file."
         return Finding(name, "fail", found, remedy)
-    if _release(found) == _release(tested):
+    # A patch may change what is private.
+    digits = 3 if name in PRIVATE_NAMES else 2
+    if _release(found, digits) == _release(tested, digits):
         return Finding(name, "ok", found)
     return Finding(name, "warn", found, f"Tested with {tested}; constraints.txt pins it.")
 
 
-def _release(version: str) -> tuple[int, int]:
-    numbers = [int(number) for number in re.findall(r"\d+", version)[:2]]
-    return (numbers[0], numbers[1]) if len(numbers) == 2 else (0, 0)
+def _release(version: str, digits: int = 2) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:digits])

@@ -15,6 +15,7 @@ from softprompt_dist.errors import MachineError
 from softprompt_dist.parallel import ranks
 from softprompt_dist.parallel.extensions import check_extension_can_be_had, choose_extensions_folder
 from softprompt_dist.parallel.join import DEEPSPEED_LOGGER, local_world_size, on_leaving
+from softprompt_dist.private_names import assert_known
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +27,10 @@ def start_deepspeed() -> None:
     it reads at its import.
 
     Raises:
-        MachineError: the build lock is stale, a build tool is missing, or the build failed.
+        MachineError: this DeepSpeed lacks what we build on, the build lock is stale, a build tool
+            is missing, or the build failed.
     """
+    ranks.together(lambda: assert_known("deepspeed"))
     folder = choose_extensions_folder()
     if ranks.device().type == "cpu":
         ranks.together(lambda: _expect_extension())

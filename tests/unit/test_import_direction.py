@@ -45,6 +45,7 @@ SINGLES = {
     "screen": set(),
     "identity": {"errors"},
     "names": {"errors"},
+    "private_names": {"errors"},
     "cache": {"errors"},
     "durable": {"errors"},
     "outcome_files": {"errors", "durable"},

@@ -16,10 +16,10 @@ from softprompt_dist.checks.communication import Speed, expected_bytes_per_secon
 from softprompt_dist.checks.finding import Finding
 from softprompt_dist.checks.software import (
     TESTED_BITSANDBYTES,
-    TESTED_VERSIONS,
     check_bitsandbytes,
     check_versions,
 )
+from softprompt_dist.private_names import TESTED_VERSIONS
 
 REPOSITORY = Path(__file__).parents[2]
 Usage = namedtuple("Usage", "total used free")
@@ -50,6 +50,12 @@ def test_other_versions_warn_and_missing_or_unsafe_ones_fail() -> None:
 
     found = statuses(check_versions(version_of))
     assert (found["deepspeed"], found["torch"], found["transformers"]) == ("fail", "fail", "warn")
+
+
+def test_a_patch_of_a_library_whose_private_names_are_used_warns() -> None:
+    other = TESTED_VERSIONS | {"deepspeed": "0.19.99", "safetensors": "0.8.99"}
+    found = statuses(check_versions(other.__getitem__))
+    assert (found["deepspeed"], found["safetensors"]) == ("warn", "ok")
 
 
 def absent(name: str) -> str:
