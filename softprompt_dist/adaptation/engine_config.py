@@ -13,6 +13,7 @@ from softprompt_dist.backbone.ds_config import (
     BATCH_KEYS,
     check_zero,
     misplaced,
+    quoted_stage,
     read_ds_object,
 )
 from softprompt_dist.errors import ConfigError
@@ -155,6 +156,8 @@ def _of_wrong_kind(values: dict[str, Any]) -> Iterator[tuple[str, Any, str]]:
     for name in ("offload_optimizer", "offload_param") if isinstance(zero, dict) else ():
         if not isinstance(zero.get(name) or {}, dict):
             yield f"zero_optimization.{name}", zero[name], an_object
+    if isinstance(zero, dict) and quoted_stage(zero):
+        yield "zero_optimization.stage", zero["stage"], "a number, such as 3"
     if isinstance(bf16, dict) and not isinstance(bf16.get("enabled", True), bool):
         yield "bf16.enabled", bf16["enabled"], "true or false"
 

@@ -141,7 +141,9 @@ def build_run(config: AdaptConfig, ds_config: dict[str, Any] | None) -> Adaptati
     check_world(config, ranks.world_size())
     source = find_source(config)
     stop.end_here_if_asked("looking at the model")
-    special = ranks.together(lambda: SpecialIds.of(source.tokenizer, config.objective))
+    special = ranks.together(
+        lambda: SpecialIds.of(source.tokenizer, config.objective, source.hf_config)
+    )
     corpus = _open(config.corpus, source, verify=config.verify_corpus)
     data = ranks.together(lambda: _data(corpus, special, config))
     validation = {}

@@ -27,6 +27,7 @@ from softprompt_dist.backbone.checkpoint_reader import CheckpointReader
 from softprompt_dist.backbone.inventory import take_inventory
 from softprompt_dist.backbone.load import (
     DROPOUT_NAMES,
+    check_decoder_start,
     load_tokenizer,
     locate_backbone,
     model_config_of,
@@ -35,6 +36,7 @@ from softprompt_dist.backbone.load import (
 from softprompt_dist.backbone.skeleton import build_skeleton
 from softprompt_dist.backbone.t5_v11 import initial_weights, t5_config
 from softprompt_dist.config import BackboneConfig
+from softprompt_dist.data.lm.special_ids import SpecialIds
 from softprompt_dist.errors import BackboneError, ConfigError
 from softprompt_dist.parallel import ranks
 
@@ -87,7 +89,8 @@ def find_source(config: AdaptConfig) -> Source:
         ConfigError: the recipe leaves out what its `init` needs, or its objective does not suit
             the model.
         BackboneError: no such checkpoint, no usable tokenizer, or a model that is not T5 v1.1 or
-            decoder-only.
+            decoder-only, or that does not say what its decoder begins with.
+        DataError: a tokenizer without padding or end of sequence.
     """
     folder = _folder(config)
     return ranks.together(lambda: source_in(folder, config))
@@ -97,15 +100,15 @@ def source_in(folder: Path | None, config: AdaptConfig) -> Source:
     """What `find_source` finds, once the checkpoint's files are here; no collective.
 
     Raises:
-        ConfigError: as `find_source`.
-        BackboneError: as `find_source`.
+        ConfigError, BackboneError, DataError: as `find_source`.
     """
     tokenizer_folder = Path(config.tokenizer) if config.tokenizer else folder
     assert tokenizer_folder is not None
     tokenizer = load_tokenizer(tokenizer_folder)
     if folder is None:
         rows = -(-len(tokenizer) // _EMBEDDING_ROWS_MULTIPLE) * _EMBEDDING_ROWS_MULTIPLE
-        hf_config = t5_config(config.architecture, rows)
+        special = SpecialIds.of(tokenizer, config.objective)
+        hf_config = t5_config(config.architecture, rows, special.pad, special.eos)
     else:
         hf_config = _checked_config(folder)
     source = Source(hf_config, tokenizer, folder, config.seed, _history(folder))
@@ -140,6 +143,7 @@ def _history(folder: Path | None) -> tuple[dict[str, Any], ...]:
 
 def _checked_config(folder: Path) -> PretrainedConfig:
     hf_config = model_config_of(folder)
+    check_decoder_start(folder, hf_config)
     if not hf_config.is_encoder_decoder:
         if type(hf_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise BackboneError(

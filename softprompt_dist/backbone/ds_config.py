@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,13 @@ def misplaced(
         if similar_key(key, sections)
     ]
     return problems
+
+
+def quoted_stage(zero: Mapping[str, Any]) -> str | None:
+    """The `stage` of a `zero_optimization` as JSON, if it is no whole number (nor "auto")."""
+    stage = zero.get("stage", 0)
+    is_number = isinstance(stage, int) and not isinstance(stage, bool)
+    return None if is_number or stage == "auto" else json.dumps(stage)
 
 
 def check_zero(zero: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from softprompt_dist.backbone.ds_config import (
     BATCH_KEYS,
     check_zero,
     misplaced,
+    quoted_stage,
     read_ds_object,
     reason_of,
     similar_key,
@@ -153,6 +154,8 @@ def _wrong_kinds(values: dict[str, Any]) -> list[str]:
         for name, value in found.items()
         if not isinstance(value, dict)
     ]
+    if not problems and (stage := quoted_stage(zero)):
+        problems = [f"sets zero_optimization.stage to {stage}; it must be a number, such as 3."]
     return problems or [
         f"sets {name!r} to {values[name]}; its 'enabled' must be true or false, without quotes."
         for name in ("bf16", "fp16")

@@ -159,9 +159,24 @@ def inventory_of(folder: Path, config: BackboneConfig) -> Inventory:
         if hasattr(model_config, name):
             setattr(model_config, name, config.dropout)
     skeleton = _skeleton(folder, model_config)
-    if model_config.is_encoder_decoder and model_config.decoder_start_token_id is None:
-        raise BackboneError(f"{folder}/config.json needs decoder_start_token_id (0 for T5).")
+    check_decoder_start(folder, model_config)
     return take_inventory(skeleton, reader, model_config)
+
+
+def check_decoder_start(folder: Path, model_config: Any) -> None:
+    """That an encoder-decoder's configuration says which token its decoder begins with.
+
+    Raises:
+        BackboneError: it does not, or the model has no such token.
+    """
+    if not model_config.is_encoder_decoder:
+        return
+    start = getattr(model_config, "decoder_start_token_id", None)
+    if not isinstance(start, int) or not 0 <= start < model_config.vocab_size:
+        raise BackboneError(
+            f"{folder}/config.json needs decoder_start_token_id, a token of the model "
+            f"(found {start}). It is 0 for every public T5."
+        )
 
 
 def _warn_of_int8_held_otherwise(inventory: Inventory, config: BackboneConfig) -> None:

@@ -24,15 +24,17 @@ class T5V11(T5ForConditionalGeneration):
     }
 
 
-def t5_config(architecture: ArchitectureConfig, vocabulary_size: int) -> T5Config:
-    """The Hugging Face configuration of a T5 v1.1."""
+def t5_config(
+    architecture: ArchitectureConfig, vocabulary_size: int, pad: int = 0, eos: int = 1
+) -> T5Config:
+    """The Hugging Face configuration of a T5 v1.1, whose decoder begins with padding."""
     return T5Config(
         vocab_size=vocabulary_size,
         feed_forward_proj="gated-gelu",
         dropout_rate=DROPOUT_RATE,
-        decoder_start_token_id=0,
-        pad_token_id=0,
-        eos_token_id=1,
+        decoder_start_token_id=pad,
+        pad_token_id=pad,
+        eos_token_id=eos,
         tie_word_embeddings=False,  # so that the head's inputs are not scaled, as in T5 v1.1
         **architecture.model_dump(),
     )

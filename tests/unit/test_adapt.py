@@ -13,6 +13,8 @@ from softprompt_dist.adaptation import loop, session
 from softprompt_dist.adaptation import model as adaptation_model
 from softprompt_dist.adaptation.curves import draw_curves
 from softprompt_dist.adaptation.run import build_run
+from softprompt_dist.backbone.load import load_backbone
+from softprompt_dist.config import BackboneConfig
 from softprompt_dist.errors import BackboneError, ConfigError, NonFiniteLossError
 from tests import adaptations
 from tests.adaptations import assert_same, started, updates, weights_of
@@ -221,6 +223,42 @@ def test_an_adaptation_begins_with_the_weights_of_its_backbone(make_config):
             update={"engine": second.engine.model_copy(update={"zero_stage": stage})}
         )
         assert_same(weights_of(started(changed)), expected)
+
+
+@pytest.mark.parametrize(
+    ("objective", "packing"),
+    [("prefix_lm", "none"), ("prefix_lm", "greedy"), ("span_corruption", "none")],
+)
+def test_the_decoder_begins_with_what_the_backbones_config_says(
+    make_config, tmp_path, objective, packing
+):
+    session.adapt(make_config("first", steps=1))
+    folder = tmp_path / "first" / "export"
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"decoder_start_token_id": 5}))
+    of_backbone = {"init": "from_checkpoint", "backbone": str(folder), "tokenizer": None}
+    config = make_config("second", objective=objective, packing=packing, steps=1, **of_backbone)
+    with started(config).batches() as batches:
+        rows = next(batches).micro_batches[0]
+    begins_BT = rows.target_segments_BT.diff(dim=1, prepend=torch.zeros(6, 1)) > 0
+    assert set(rows.decoder_input_ids_BT[begins_BT].tolist()) == {5}
+    session.adapt(config)
+    backbone = load_backbone(BackboneConfig(path=f"{config.run_directory}/export"))
+    assert backbone.config.decoder_start_token_id == 5
+
+
+def test_a_backbone_that_does_not_say_how_its_decoder_begins_is_refused(make_config, tmp_path):
+    session.adapt(make_config("first", steps=1))
+    folder = tmp_path / "first" / "export"
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    del values["decoder_start_token_id"]
+    path.write_text(json.dumps(values))
+    config = make_config(init="from_checkpoint", backbone=str(folder), tokenizer=None)
+    with pytest.raises(BackboneError, match=r"needs decoder_start_token_id.*\(found None\)"):
+        session.adapt(config)
+    with pytest.raises(BackboneError, match="needs decoder_start_token_id"):
+        load_backbone(BackboneConfig(path=str(folder)))
 
 
 def test_a_backbone_that_lacks_a_weight_is_refused(make_config, tmp_path):

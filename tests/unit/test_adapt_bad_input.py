@@ -97,6 +97,7 @@ def test_a_file_of_short_texts_that_makes_no_example(refused, tmp_path):
     [
         ({"optimizer": {"type": "Adam"}}, ["'optimizer'", "belongs to the recipe", "Remove it"]),
         ({"fp16": {"enabled": True}}, ["fp16", "overflow", "se bf16"]),
+        ({"zero_optimization": {"stage": "3"}}, ["stage", "'3'", "must be a number"]),
         (["zero"], ["must be a JSON object"]),
     ],
     ids=str,

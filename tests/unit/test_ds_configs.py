@@ -143,6 +143,10 @@ WRONG: dict[str, tuple[Any, str]] = {
         {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}},
         r"zero_quantized_weights.*bytes for numbers.*softprompt\.quantization",
     ),
+    "a stage in quotes": (
+        {"zero_optimization": {"stage": "3"}},
+        r"zero_optimization\.stage to \"3\"; it must be a number",
+    ),
     "stage 2": ({"zero_optimization": {"stage": 2}}, r"ZeRO stage 2.*Use 3 .* or 0"),
 }
 

@@ -37,13 +37,13 @@ def fill_rows(
         pieces: Tokens of each example of `layout`, without end-of-sequence.
         layout: Where they go; rows count from 0.
         shape: Of the batch.
-        special: Ids of padding and end-of-sequence.
+        special: Ids of padding, end-of-sequence and the decoder's start.
         append_eos: Whether both sides of each example end in end-of-sequence, which the lengths
             of `layout` then include.
     """
     arrays = _filled(pieces, layout, shape, special, append_eos=append_eos)
     input_ids_BS, input_segments_BS, labels_BT, target_segments_BT = arrays
-    decoder_input_ids_BT = shifted_right(labels_BT, target_segments_BT, special.pad)
+    decoder_input_ids_BT = shifted_right(labels_BT, target_segments_BT, special.start)
     num_real_tokens = layout.num_real_tokens
     return RowBatch(
         decoder_input_ids_BT=torch.from_numpy(decoder_input_ids_BT),

@@ -42,7 +42,7 @@ class SpanCorruption:
             )
         self._corpus = corpus
         self._eos, self._first_sentinel = special.eos, special.first_sentinel
-        self._start = special.pad
+        self._start = special.start
         self._pieces = EqualPieces(corpus.num_tokens, lengths.num_tokens)
         num_kept = lengths.num_tokens - self._counts.num_noise
         self.inputs_length = num_kept + self._counts.num_spans + 1

@@ -13,11 +13,18 @@ class SpecialIds:
     """Ids that are not text."""
 
     pad: int
-    """Fills rows, and starts the decoder of an encoder-decoder."""
+    """Fills rows."""
     eos: int
     first_sentinel: int | None = None
     """`<extra_id_0>`; the others count down from it. None where there is none."""
     num_sentinels: int = 0
+    decoder_start: int | None = None
+    """Starts the decoder of an encoder-decoder; None: the padding piece does."""
+
+    @property
+    def start(self) -> int:
+        """What the decoder of an encoder-decoder begins with."""
+        return self.pad if self.decoder_start is None else self.decoder_start
 
     @property
     def sentinels(self) -> range:
@@ -27,8 +34,8 @@ class SpecialIds:
         return range(self.first_sentinel - self.num_sentinels + 1, self.first_sentinel + 1)
 
     @classmethod
-    def of(cls, tokenizer: Any, objective: str) -> SpecialIds:
-        """Those of a tokenizer, as far as `objective` needs them.
+    def of(cls, tokenizer: Any, objective: str, hf_config: Any = None) -> SpecialIds:
+        """Those of a tokenizer and its model's configuration, as far as `objective` needs them.
 
         Raises:
             DataError: it has no end-of-sequence piece; or no padding piece and the objective is
@@ -47,7 +54,8 @@ class SpecialIds:
                 f"The tokenizer has no {' and no '.join(missing)}, which objective {objective} "
                 "needs. Set `tokenizer` to a T5 tokenizer folder, or add the pieces to this one."
             )
-        return cls(pad, eos, first_sentinel, num_sentinels)
+        start = getattr(hf_config, "decoder_start_token_id", None)
+        return cls(pad, eos, first_sentinel, num_sentinels, start)
 
 
 def _sentinels(vocabulary: dict[str, int]) -> tuple[int | None, int]:
