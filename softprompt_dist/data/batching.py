@@ -45,6 +45,15 @@ class Tokenised:
     num_truncated: int
 
 
+class NoTokenError(DataError):
+    """Some texts have no token in the vocabulary, as one of a zero-width space alone."""
+
+    def __init__(self, positions: Sequence[int], text: str) -> None:
+        """Of the examples at `positions`, input or target; `text` is the first."""
+        super().__init__(f"Text {text!r} has no token in this model's vocabulary; remove the row.")
+        self.positions = tuple(positions)
+
+
 @dataclass(frozen=True)
 class TokenBatch:
     """B examples padded to S input and T target positions; int64, masks 1 at tokens, else 0."""
@@ -89,16 +98,17 @@ def tokenise(  # noqa: PLR0913 - all that ids depend on
 
     Raises:
         ConfigError: see `target_prefix_ids`.
-        DataError: the tokenizer has no end-of-sequence piece and one is needed, or a text has no
-            token at all.
+        DataError: the tokenizer has no end-of-sequence piece and one is needed.
+        NoTokenError: a text has no token at all.
     """
     if not examples:
         return Tokenised((), 0)
     target_start = target_prefix_ids(target_prefix, tokenizer, family)
     target_end = end_of_sequence(tokenizer) if append_eos else ()
-    texts = [example.input_text for example in examples]
-    inputs = tokenise_inputs(texts, tokenizer, family=family, max_input_tokens=max_input_tokens)
-    targets = _encode([example.target_text for example in examples], tokenizer)
+    rows, targets = _encode(
+        tokenizer, [e.input_text for e in examples], [e.target_text for e in examples]
+    )
+    inputs = _inputs(rows, tokenizer, family, max_input_tokens)
     return Tokenised(
         tuple(
             TokenExample(example.input_ids, (*target_start, *target, *target_end))
@@ -122,12 +132,21 @@ def tokenise_inputs(
     """
     if not texts:
         return Tokenised((), 0)
+    (rows,) = _encode(tokenizer, texts)
+    return _inputs(rows, tokenizer, family, max_input_tokens)
+
+
+def _inputs(
+    rows: Sequence[Sequence[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    family: Family,
+    max_input_tokens: int,
+) -> Tokenised:
     end = end_of_sequence(tokenizer) if family == "seq2seq" else ()
     room = max_input_tokens - len(end)
-    inputs = _encode(texts, tokenizer)
     return Tokenised(
-        tuple(TokenExample((*_cut(ids, room, family), *end), ()) for ids in inputs),
-        num_truncated=sum(len(ids) > room for ids in inputs),
+        tuple(TokenExample((*_cut(ids, room, family), *end), ()) for ids in rows),
+        num_truncated=sum(len(ids) > room for ids in rows),
     )
 
 
@@ -213,11 +232,14 @@ def _cut(ids: Sequence[int], room: int, family: Family) -> Sequence[int]:
     return ids[:room] if family == "seq2seq" else ids[-room:]
 
 
-def _encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    rows = encode_texts(texts, tokenizer)
-    for text, ids in zip(texts, rows, strict=True):
-        if not ids:
-            raise DataError(
-                f"Text {text!r} has no token in this model's vocabulary; remove the row."
-            )
-    return rows
+def _encode(tokenizer: PreTrainedTokenizerBase, *columns: Sequence[str]) -> list[list[list[int]]]:
+    encoded = [encode_texts(column, tokenizer) for column in columns]
+    empty = sorted(
+        (position, text)
+        for column, rows in zip(columns, encoded, strict=True)
+        for position, (text, ids) in enumerate(zip(column, rows, strict=True))
+        if not ids
+    )
+    if empty:
+        raise NoTokenError([position for position, _ in empty], empty[0][1])
+    return encoded

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from softprompt_dist.data.rows import Place
+
 
 @dataclass(frozen=True)
 class Example:
@@ -17,3 +19,5 @@ class Example:
     """Names the row it comes from; one row may give several examples."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What a metric needs besides the target: `answers`, `group`, `label`; as JSON values."""
+    where: Place | None = field(default=None, compare=False)
+    """The row, for messages."""

@@ -81,7 +81,7 @@ class NamedTask:
         names = [row_id] if len(examples) == 1 else (f"{row_id}.{n}" for n in range(len(examples)))
         prefix = self.task.prefix if self.prefixed else ""
         return tuple(
-            replace(example, input_text=prefix + example.input_text, id=name)
+            replace(example, input_text=prefix + example.input_text, id=name, where=where)
             for example, name in zip(examples, names, strict=True)
         )
 

@@ -48,7 +48,8 @@ class OwnTask:
         split_text = "\n".join(values[field] for field in sorted(self.fields))
         facts = {} if self.label_map else {"answers": answers}
         row_id = self._id(row, where)
-        example = Example(self._filled(values), answers[0], row_id or str(where.row), facts)
+        name = row_id or str(where.row)
+        example = Example(self._filled(values), answers[0], name, facts, where)
         return ReadRow((example,), split_text, row_id)
 
     def training_examples(self, row: Row, where: Place, read: ReadRow) -> tuple[Example, ...]:

@@ -32,7 +32,7 @@ _NAMES_SHOWN = 30
 _HASHED_BYTES = 1 << 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Place:
     """Where a row stands; as text such as `Line 3 of train.jsonl` or `Row 3 of train.parquet`."""
 

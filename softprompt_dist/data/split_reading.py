@@ -20,7 +20,8 @@ HASH_BUCKETS = {"test": 0, "validation": 1}
 """The bucket of ten that a split has where the source lacks it."""
 
 _NUM_BUCKETS = 10
-_NUM_SHOWN = 5
+NUM_SHOWN = 5
+"""Of the problems with rows, in messages and records."""
 _NUM_WARNED = 3
 
 
@@ -49,7 +50,7 @@ class SplitContents:
         """Take down a row that cannot be used."""
         self.num_bad += 1
         self.num_unlabelled += isinstance(error, NoLabelError)
-        if len(self.bad) < _NUM_SHOWN:
+        if len(self.bad) < NUM_SHOWN:
             self.bad.append(str(error))
 
 
@@ -118,7 +119,8 @@ def check_rows(all_contents: Collection[SplitContents], *, skip_bad_rows: bool) 
             raise DataError(_no_labels(contents))
     bad = [contents for contents in all_contents if contents.num_bad]
     if bad and not skip_bad_rows:
-        raise DataError(_all_problems(bad))
+        problems = [problem for contents in bad for problem in contents.bad]
+        raise DataError(refusal(problems, sum(contents.num_bad for contents in bad)))
     for contents in bad:
         message = (
             f"{contents.num_bad} of {contents.num_rows} rows of {contents.source.origin} cannot be "
@@ -170,9 +172,9 @@ def _no_labels(contents: SplitContents) -> str:
     )
 
 
-def _all_problems(bad: Sequence[SplitContents]) -> str:
-    problems = [problem for contents in bad for problem in contents.bad][:_NUM_SHOWN]
-    total = sum(contents.num_bad for contents in bad)
+def refusal(problems: Sequence[str], total: int) -> str:
+    """Says the first of `total` problems with rows, and the ways out."""
+    problems = problems[:NUM_SHOWN]
     if total == 1:
         return f"{problems[0]} Or leave it out with task.skip_bad_rows=true."
     more = [f"and {total - len(problems)} more."] if total > len(problems) else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from softprompt_dist.data.catalogue.definition import CatalogueTask
@@ -14,9 +14,11 @@ from softprompt_dist.data.examples import Example
 from softprompt_dist.data.named_task import NamedTask
 from softprompt_dist.data.own_task import own_task
 from softprompt_dist.data.reading import TaskReader
+from softprompt_dist.data.rows import Place
 from softprompt_dist.data.sources import SPLITS, HubNames, SplitSource, hub_names, open_splits
 from softprompt_dist.data.split_reading import (
     HASH_BUCKETS,
+    NUM_SHOWN,
     SplitContents,
     check_rows,
     hash_split,
@@ -85,6 +87,23 @@ class TaskData:
     def provenance(self, split: str) -> dict[str, Any]:
         """Where a split's rows come from, and the digest of its examples, as JSON values."""
         return {**asdict(self.records[split]), "examples_sha256": self.digests[split]}
+
+    def without(self, split: str, problems: Mapping[Place | None, str]) -> TaskData:
+        """The same without the rows of `split` at these places, which count as bad ones."""
+        kept = tuple(e for e in self.splits[split] if e.where not in problems)
+        record = self.records[split]
+        record = replace(
+            record,
+            num_examples=len(kept),
+            num_bad=record.num_bad + len(problems),
+            bad=(*record.bad, *problems.values())[:NUM_SHOWN],
+        )
+        return replace(
+            self,
+            splits={**self.splits, split: kept},
+            digests={**self.digests, split: _digest(kept)},
+            records={**self.records, split: record},
+        )
 
     @property
     def train(self) -> tuple[Example, ...]:

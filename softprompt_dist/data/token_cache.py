@@ -15,6 +15,7 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from softprompt_dist.cache import cache_directory
 from softprompt_dist.data.batching import (
     Family,
+    NoTokenError,
     Tokenised,
     tokenise,
 )
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 # Fewer are tokenised about as soon as they are found and checked.
 FEWEST_ROWS_KEPT = 2000
 DAYS_KEPT = 30
@@ -59,13 +61,15 @@ def tokens_of(  # noqa: PLR0913 - as `tokenise`
     append_eos: bool,
     target_prefix: str | None = None,
 ) -> TokenTable:
-    """All ranks: what `tokenise` makes of the examples; rank 0 makes it, the others find it.
+    """All ranks: what `tokenise` makes of the examples that have tokens; see `left_out`.
+
+    Rank 0 makes it, the others find it.
 
     A node with a cache folder of its own makes it once more. Few examples are tokenised by every
     rank. Without a folder to write to, every rank tokenises for itself, after one warning.
 
     Raises:
-        SoftpromptError: as `tokenise`.
+        SoftpromptError: as `tokenise`, but for a `NoTokenError`.
     """
 
     def make() -> TokenTable:
@@ -99,10 +103,23 @@ def _tokenised(
     tables = []
     with phase("tokenising", len(examples), "rows") as told:
         for start in starts:
-            part = encode(examples[start : start + _ROWS_AT_A_TIME])
-            tables.append(TokenTable.of(part.examples, part.num_truncated))
-            told.advance(len(part.examples))
+            part = examples[start : start + _ROWS_AT_A_TIME]
+            tables.append(_table_of(part, encode))
+            told.advance(len(part))
     return TokenTable.joined(tables)
+
+
+def _table_of(
+    examples: Sequence[Example], encode: Callable[[Sequence[Example]], Tokenised]
+) -> TokenTable:
+    left_out: set[int] = set()
+    try:
+        tokens = encode(examples)
+    except NoTokenError as error:
+        left_out = set(error.positions)
+        tokens = encode([e for position, e in enumerate(examples) if position not in left_out])
+    table = TokenTable.of(tokens.examples, tokens.num_truncated)
+    return replace(table, left_out=tuple(sorted(left_out)))
 
 
 def _key(examples: Sequence[Example], settings: Sequence[Any]) -> str:
@@ -177,7 +194,8 @@ def _read(path: Path) -> TokenTable:
     inputs, targets = (
         IdRows(column.values.to_numpy(), column.offsets.to_numpy()) for column in batch.columns
     )
-    return TokenTable(inputs, targets, int(batch.schema.metadata[b"num_truncated"]))
+    num_truncated, left_out = json.loads(batch.schema.metadata[b"num_truncated, left_out"])
+    return TokenTable(inputs, targets, num_truncated, tuple(left_out))
 
 
 def _content(table: TokenTable) -> bytes:
@@ -189,7 +207,8 @@ def _content(table: TokenTable) -> bytes:
         for rows in (table.inputs, table.targets)
     ]
     batch = pa.record_batch(columns, names=("input_ids", "target_ids"))
-    batch = batch.replace_schema_metadata({"num_truncated": str(table.num_truncated)})
+    numbers = json.dumps([table.num_truncated, table.left_out])
+    batch = batch.replace_schema_metadata({"num_truncated, left_out": numbers})
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, batch.schema) as writer:
         writer.write_batch(batch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import overload
 
 import numpy as np
@@ -54,6 +55,8 @@ class TokenTable(Sequence[TokenExample]):
     targets: IdRows
     num_truncated: int
     """How many inputs were longer than the limit and cut."""
+    left_out: tuple[int, ...] = ()
+    """Positions of examples without a token, which are not among the rows."""
 
     @classmethod
     def of(cls, examples: Sequence[TokenExample], num_truncated: int = 0) -> TokenTable:
@@ -65,10 +68,15 @@ class TokenTable(Sequence[TokenExample]):
     @classmethod
     def joined(cls, parts: Sequence[TokenTable]) -> TokenTable:
         """The examples of all parts, one part after another."""
+        sizes = [len(part) + len(part.left_out) for part in parts]
+        starts = list(accumulate(sizes, initial=0))[:-1]
         return cls(
             IdRows.joined([part.inputs for part in parts]),
             IdRows.joined([part.targets for part in parts]),
             sum(part.num_truncated for part in parts),
+            tuple(
+                start + i for start, part in zip(starts, parts, strict=False) for i in part.left_out
+            ),
         )
 
     @property

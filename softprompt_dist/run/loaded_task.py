@@ -17,6 +17,7 @@ from softprompt_dist.data.examples import Example
 from softprompt_dist.data.floors import has_floors
 from softprompt_dist.data.order import ExampleOrder
 from softprompt_dist.data.tasks import TaskData, load_task, task_reader
+from softprompt_dist.data.textless import without_textless
 from softprompt_dist.data.token_cache import tokens_of
 from softprompt_dist.data.token_table import TokenTable
 from softprompt_dist.errors import ConfigError, DataError
@@ -162,7 +163,9 @@ class TextReader:
                 the task.
         """
         self._tell_of_special_pieces(config, data.labels)
-        tokens = {name: self._tokens(config, name, data.splits[name]) for name in splits}
+        tokens = {}
+        for name in splits:
+            data, tokens[name] = self._tokens(config, name, data)
 
         def judged_once() -> LoadedTask:
             labels = self._labels(config, data)
@@ -182,7 +185,16 @@ class TextReader:
 
         return ranks.together(judged_once)
 
-    def _tokens(self, task: TaskConfig, split: str, examples: Sequence[Example]) -> TokenTable:
+    def _tokens(self, task: TaskConfig, split: str, data: TaskData) -> tuple[TaskData, TokenTable]:
+        table = self._table(task, split, data.splits[split])
+        if not table.left_out:
+            return data, table
+        found = ranks.together(
+            lambda: without_textless(data, split, table.left_out, task, self.tokenizer)
+        )
+        return found, self._table(task, split, found.splits[split])
+
+    def _table(self, task: TaskConfig, split: str, examples: Sequence[Example]) -> TokenTable:
         table = tokens_of(
             examples,
             self.tokenizer,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -317,3 +318,51 @@ def test_the_record_of_the_data_says_what_was_read(
     assert f"task.source.sha256.validation is {sha256}" in str(refused.value)
     actual = hashlib.sha256((tiny_data / "validation.jsonl").read_bytes()).hexdigest()
     assert f"validation.jsonl has sha256 {actual}" in str(refused.value)
+
+
+NO_TOKEN = "\x7f"
+
+
+def test_rows_without_a_token_are_left_out_and_counted_or_named(
+    mixed: Recipe, tiny_data: Path, sides: Path, tmp_path: Path, said: Said
+) -> None:
+    """In the task, in a mixture's and in evaluate, of texts and of answers."""
+    values = copy.deepcopy(mixed)
+    for name, folder, label in ("task", tiny_data, "apple"), ("mixture", sides, "milk"):
+        shutil.copytree(folder, tmp_path / name)
+        for split in ("train", "validation"):
+            with (tmp_path / name / f"{split}.jsonl").open("a") as file:
+                file.write("\n" + json.dumps({"text": NO_TOKEN, "label": label}) + "\n")
+    foods = runs.task("foods", tmp_path / "task", runs.ANSWERS)
+    other = runs.task("sides", tmp_path / "mixture", runs.SIDES)
+    values |= {"task": foods, "mixture": {"tasks": [other]}}
+    told = r"Line 152 of train.jsonl: its text .* has no token in the vocabulary .*skip_bad_rows"
+    with pytest.raises(DataError, match=told):
+        tune(tmp_path / "run", values)
+
+    foods["skip_bad_rows"] = True
+    with pytest.raises(DataError, match=told):  # that of the mixture
+        tune(tmp_path / "run", values)
+    other["skip_bad_rows"] = True
+    run_dir = tune(tmp_path / "run", values)
+    for record in json.loads((run_dir / "data.json").read_text()).values():
+        counts = {n: (r["num_rows"], r["num_examples"], r["num_bad"]) for n, r in record.items()}
+        assert counts == {"train": (151, 150, 1), "validation": (22, 21, 1), "test": (21, 21, 0)}
+        assert "Line 152 of train.jsonl" in record["train"]["bad"][0]
+    plain = tune(tmp_path / "plain", mixed)
+    assert [best_of(d)["score"] for d in (run_dir, plain)] == [best_of(plain)["score"]] * 2
+    assert runs.metrics_without_time(run_dir) == runs.metrics_without_time(plain)
+
+    scoring: list[Any] = ["--prompt", run_dir / "prompt" / "best.safetensors"]
+    scoring += ["--output", tmp_path / "scored", "--split", "validation"]
+    code, *rest = said(evaluate.main, *scoring, "--set", "task.skip_bad_rows=false")
+    assert code == 2
+    assert "Line 23 of validation.jsonl" in "".join(rest)
+    assert said(evaluate.main, *scoring)[0] == 0
+    result = read_result(tmp_path / "scored" / "results.json")
+    assert (result.data["num_examples"], result.data["num_bad"]) == (21, 1)
+
+    answers = {"label_field": "text", "input_template": "{label}", "metrics": ["squad"]}
+    texts = runs.task("texts", tmp_path / "mixture", {}, **answers)
+    with pytest.raises(DataError, match=r"Line 152 .*: its answer .* has no token"):
+        tune(tmp_path / "texts", {**values, "mixture": {}, "task": texts})

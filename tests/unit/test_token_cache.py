@@ -15,7 +15,6 @@ from softprompt_dist.data.batching import TokenExample, tokenise
 from softprompt_dist.data.examples import Example
 from softprompt_dist.data.token_cache import tokens_of
 from softprompt_dist.data.token_table import TokenTable
-from softprompt_dist.errors import DataError
 
 ASSETS = Path(token_cache.__file__).parents[1] / "assets" / "tiny-t5"
 EXAMPLES = [Example(f"a film of {n} words" + " and more" * (n % 7), "positive") for n in range(30)]
@@ -200,9 +199,16 @@ def test_entries_that_nobody_opened_for_a_month_go_when_another_is_written(token
     assert len(entries(folder)) == 2
 
 
-def test_a_text_without_tokens_is_the_user_s_error(tokenizer):
-    with pytest.raises(DataError, match="no token"):
-        tokens_of([*EXAMPLES, Example("", "positive")], tokenizer, **SETTINGS)
+def test_examples_without_a_token_are_left_out_and_told_of(tokenizer, folder, monkeypatch):
+    monkeypatch.setattr(token_cache, "_ROWS_AT_A_TIME", 2)
+    monkeypatch.setattr(token_cache, "FEWEST_ROWS_KEPT", 1)
+    good = EXAMPLES[0]
+    examples = [Example("", "positive"), good, good, Example("a", ""), good, Example("", "")]
+    for _ in ("made", "found"):
+        table = tokens_of(examples, tokenizer, **SETTINGS)
+        assert table.left_out == (0, 3, 5)
+        assert list(table) == list(tokenise([good] * 3, tokenizer, **SETTINGS).examples)
+    assert len(entries(folder)) == 1
 
 
 def test_a_table_is_a_sequence():
