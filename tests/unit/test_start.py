@@ -51,6 +51,7 @@ def test_one_rank_needs_no_deepspeed(
     recipe["backbone"]["sharding"] = sharding
     path = runs.write_recipe(tmp_path / "recipe.yaml", recipe)
     trained = run_alone("train", "--recipe", path, "--run-dir", tmp_path / "run", "--steps", "1")
+    assert '"device": "cpu"' in trained
     assert trained.endswith("\nFalse\n")
     (tmp_path / "tuned").mkdir()
     prompt = save_untuned(tmp_path / "tuned", recipe)
