@@ -87,10 +87,13 @@ def job_nonce(environ: Mapping[str, str]) -> str:
 
 
 def _launcher() -> str:
-    """The nearest ancestor that is no rank; a profiler or a shell around one still is."""
+    """The nearest ancestor that is no rank; a profiler or a shell around one still is.
+
+    Empty where a wrapper has cut the rank off from it, as profilers do with a daemon.
+    """
     try:
         for ancestor in psutil.Process().parents():
-            if not any(name in ancestor.environ() for name in _OF_A_RANK):
+            if ancestor.pid > 1 and not any(name in ancestor.environ() for name in _OF_A_RANK):
                 return f"launcher {ancestor.pid} on {socket.gethostname()}"
     except psutil.Error:  # another user's process, or one that has ended
         pass
@@ -99,9 +102,9 @@ def _launcher() -> str:
 
 def _judge(said: Sequence[Newcomer]) -> str:
     """Why these ranks cannot work together; empty if they can."""
-    jobs = list(dict.fromkeys(newcomer.job for newcomer in said))
+    jobs = list(dict.fromkeys(newcomer.job for newcomer in said if newcomer.job))
     if len(jobs) > 1:
-        return _different_jobs("; ".join(job or "unknown" for job in jobs))
+        return _different_jobs("; ".join(jobs))
     problems = [_of_one(newcomer) for newcomer in said if newcomer.problem]
     if problems:
         return problems[0]

@@ -222,6 +222,7 @@ def place(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_ranks_that_are_alike_agree() -> None:
     assert met(Newcomer(0, "nccl", "a"), Newcomer(1, "nccl", "a")) == ["", ""]
+    assert met(Newcomer(0, "nccl", "a"), Newcomer(1, "nccl", "")) == ["", ""], "cut off from it"
 
 
 @pytest.mark.parametrize(
