@@ -73,7 +73,8 @@ remove_caches() {
     scratch=
 }
 
-# A rank that loses a peer ends, but first writes what NCCL was doing.
+# A rank that hangs writes what NCCL was doing and ends (lifecycle/watchdog.py), long before NCCL's own
+# limit; should that be reached, NCCL writes the same files.
 set_up_nccl() {
     mkdir -p -- "$1/stacks"
     export TORCH_NCCL_ASYNC_ERROR_HANDLING=3 TORCH_NCCL_DUMP_ON_TIMEOUT=1

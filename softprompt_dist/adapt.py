@@ -67,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         refuse_if_in_use(folder)  # a run that goes on removes what is read here
     else:
         begin_in(folder)
-    join_world(debug=options.debug, limit_seconds=stages[0].health.slow_timeout_seconds)
+    limit = max(stage.health.longest_timeout_seconds for stage in stages)
+    join_world(debug=options.debug, limit_seconds=limit)
     # Numbers too small to matter slow a CPU down tenfold.
     torch.set_flush_denormal(True)
     if options.export:
@@ -125,9 +126,11 @@ def _adapt(
 def _export(stage: AdaptConfig, options: argparse.Namespace) -> None:
     """All ranks: the newest checkpoint of a stage."""
     from softprompt_dist.adaptation.session import export_newest
+    from softprompt_dist.lifecycle.watchdog import watched
 
     config, ds_config = _with_ds_config(stage, options)
-    export_newest(config, ds_config, options.export)
+    with watched(Path(str(config.run_directory)) / "stacks", config.health):
+        export_newest(config, ds_config, options.export)
 
 
 def _with_ds_config(

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from softprompt_dist.parallel.join import join_world, leave_world
 
-    join_world(debug=options.debug, limit_seconds=config.health.slow_timeout_seconds)
+    join_world(debug=options.debug, limit_seconds=config.health.longest_timeout_seconds)
     from softprompt_dist.lifecycle.attempt import told_to_batch_script
     from softprompt_dist.run.evaluation import ScoringRequest, evaluate
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     request = ScoringRequest(
         Path(options.prompt), options.split, options.max_examples, output, options.force
     )
-    with told_to_batch_script():
+    with told_to_batch_script(config.health, output):
         evaluate(config, request, ds_config)
     leave_world()
 

@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from softprompt_dist.parallel.join import join_world, leave_world
 
-    join_world(debug=options.debug, limit_seconds=config.health.slow_timeout_seconds)
+    join_world(debug=options.debug, limit_seconds=config.health.longest_timeout_seconds)
     from softprompt_dist.lifecycle.attempt import told_to_batch_script
     from softprompt_dist.run.prediction import predict
     from softprompt_dist.run.prediction_desk import DEFAULT_WINDOW, PredictionRequest
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         fresh=options.fresh,
         force=options.force,
     )
-    with told_to_batch_script():
+    with told_to_batch_script(config.health):
         predict(config, request, ds_config)
     leave_world()
 

@@ -48,3 +48,8 @@ class HealthConfig(Section):
     spike_window: Annotated[int, Field(ge=16)] = 128
     straggler_ratio: Annotated[float, Field(gt=1)] = 1.5
     """A rank whose steps take so many times the median rank's is named."""
+
+    @property
+    def longest_timeout_seconds(self) -> float:
+        """Of both."""
+        return max(self.step_timeout_seconds, self.slow_timeout_seconds)

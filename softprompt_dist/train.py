@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if without_recipe and ranks.is_main():
         print(f"No --recipe given: running the {DEMO_RECIPE!r} recipe.", flush=True)
-    join_world(debug=options.debug, limit_seconds=config.health.slow_timeout_seconds)
+    join_world(debug=options.debug, limit_seconds=config.health.longest_timeout_seconds)
     from softprompt_dist.run.session import train
 
     train(

@@ -16,7 +16,7 @@ import torch
 from softprompt_dist.errors import SoftpromptError, StoppedError
 from softprompt_dist.lifecycle.heartbeat import Heartbeat
 from softprompt_dist.lifecycle.ownership import Owner, Ownership
-from softprompt_dist.lifecycle.watchdog import Watchdog, doing, tick
+from softprompt_dist.lifecycle.watchdog import Watchdog, doing, tick, watched
 from softprompt_dist.outcome_files import (
     RUNNING,
     OutcomeFiles,
@@ -35,8 +35,10 @@ _LOOK_SECONDS = 1.0
 
 
 @contextmanager
-def told_to_batch_script() -> Iterator[None]:
+def told_to_batch_script(health: HealthConfig, output: Path | None = None) -> Iterator[None]:
     """All ranks: the work of a verb without a run directory; a batch script that waits is told.
+
+    A rank that hangs leaves its stacks in the script's folder, or in `output`.
 
     Raises:
         StopFileError: on all ranks; there is a STOP file.
@@ -44,7 +46,9 @@ def told_to_batch_script() -> Iterator[None]:
     files = of_batch_script()
     if files is not None:
         ranks.on_main(files.begin_again)
-    yield
+    folder = output if files is None else files.folder
+    with watched(folder / "stacks" if folder else None, health):
+        yield
     if files is not None:
         ranks.on_main(lambda: files.finish(0))
 

@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +22,13 @@ from typing import Any
 from softprompt_dist.errors import HangError
 from softprompt_dist.outcome_files import record_failure
 from softprompt_dist.progress import phase
+from softprompt_dist.section import HealthConfig
 
 _POLL_SECONDS = 0.2
 _OTHERS_SECONDS = 1.0
 """For the other ranks, who notice at about the same time, to write their stacks too."""
 _DISK_SECONDS = 2.0
-"""To write in: a disk that hangs may be the reason."""
+"""For each thing that is left: a disk that hangs may be the reason."""
 _SUSPENDED_SECONDS = 2.0
 """Without a look at the clock: this process was halted (`scontrol suspend`), which is no hang."""
 
@@ -39,6 +40,8 @@ class _Clock:
     doing: str = ""
     limit_seconds: float = 0.0
     since: float = 0.0
+    settled_seconds: float = 0.0
+    """The limit once what is done for the first time is done."""
 
 
 _clock = _Clock()
@@ -49,18 +52,28 @@ def tick() -> None:
     _clock.since = time.monotonic()
 
 
+def settle() -> None:
+    """What this phase does for the first time is done."""
+    tick()
+    _clock.limit_seconds = _clock.settled_seconds
+
+
 @contextmanager
-def doing(what: str, limit_seconds: float) -> Iterator[None]:
-    """Watch over a phase in which `limit_seconds` without a `tick` mean that this rank hangs."""
-    before = (_clock.doing, _clock.limit_seconds)
+def doing(what: str, limit_seconds: float, *, first_seconds: float | None = None) -> Iterator[None]:
+    """Watch over a phase in which `limit_seconds` without a `tick` mean that this rank hangs.
+
+    `first_seconds` is its limit until it calls `settle`: much is done for the first time.
+    """
+    before = (_clock.doing, _clock.limit_seconds, _clock.settled_seconds)
     tick()  # first: what came before may be silent for longer than this phase may
-    _clock.doing, _clock.limit_seconds = what, limit_seconds
+    _clock.doing, _clock.settled_seconds = what, limit_seconds
+    _clock.limit_seconds = limit_seconds if first_seconds is None else first_seconds
     try:
         with phase(what):
             yield
     finally:
         tick()
-        _clock.doing, _clock.limit_seconds = before
+        _clock.doing, _clock.limit_seconds, _clock.settled_seconds = before
 
 
 def current() -> dict[str, Any]:
@@ -72,10 +85,25 @@ def current() -> dict[str, Any]:
     }
 
 
-class Watchdog:
-    """A thread that looks at the clock; `stacks` is the folder for what it finds."""
+@contextmanager
+def watched(stacks: Path | None, health: HealthConfig) -> Iterator[None]:
+    """All ranks: the work of a verb that makes no attempt; `stacks` as for `Watchdog`."""
+    dog = Watchdog(stacks)
+    dog.start()
+    try:
+        with doing("between phases", health.slow_timeout_seconds):
+            yield
+    finally:
+        dog.stop()
 
-    def __init__(self, stacks: Path) -> None:
+
+class Watchdog:
+    """A thread that looks at the clock.
+
+    `stacks` is the folder for what it finds; None: that is printed.
+    """
+
+    def __init__(self, stacks: Path | None) -> None:
         from softprompt_dist.parallel import ranks  # here: torch is slow to import
 
         self._rank, self._stacks = ranks.rank(), stacks
@@ -105,21 +133,46 @@ class Watchdog:
     def _bite(self, what: str, limit: float) -> None:
         error = HangError(
             f"Rank {self._rank} made no progress for {limit:g} s while {what}. Stacks: "
-            f"{self._stacks}. If that is no hang, raise health.step_timeout_seconds or "
+            f"{self._stacks or 'above'}. If that is no hang, raise health.step_timeout_seconds or "
             "health.slow_timeout_seconds."
         )
-        writer = threading.Thread(target=self._leave_word, args=(error,), daemon=True)
-        writer.start()
-        writer.join(_DISK_SECONDS)
-        print(f"[rank {self._rank}] error: {error}", file=sys.stderr, flush=True)
+        said = f"[rank {self._rank}] error: {error}"
+        _within(_DISK_SECONDS, lambda: self._leave_word(error))
+        _within(_DISK_SECONDS, self._leave_trace)
+        _within(_DISK_SECONDS, lambda: print(said, file=sys.stderr, flush=True))
         time.sleep(_OTHERS_SECONDS)
         os._exit(error.exit_code)
 
     def _leave_word(self, error: HangError) -> None:
         with suppress(OSError):
-            self._stacks.mkdir(parents=True, exist_ok=True)
-            with (self._stacks / f"rank-{self._rank}.txt").open("w") as file:
-                file.write(f"{time.strftime('%F %T')} {error}\n")
-                file.flush()
-                faulthandler.dump_traceback(file, all_threads=True)
+            self._leave_stacks(f"{time.strftime('%F %T')} {error}\n")
         record_failure(error)
+
+    def _leave_stacks(self, heading: str) -> None:
+        if self._stacks is None:
+            faulthandler.dump_traceback(sys.stderr, all_threads=True)
+            return
+        self._stacks.mkdir(parents=True, exist_ok=True)
+        with (self._stacks / f"rank-{self._rank}.txt").open("w") as file:
+            file.write(heading)
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
+
+    def _leave_trace(self) -> None:
+        """What NCCL was doing, by its flight recorder; `torchfrtrace` reads it."""
+        c10d = sys.modules.get("torch._C._distributed_c10d")
+        dump = getattr(c10d, "_dump_nccl_trace", None)  # of PyTorch with NCCL
+        if self._stacks is not None and dump is not None:
+            (self._stacks / f"nccl-rank-{self._rank}").write_bytes(dump())
+
+
+def _within(seconds: float, work: Callable[[], object]) -> None:
+    """`work`, whatever it meets, and for no longer: a disk, a pipe or NCCL may hang, too."""
+
+    def attempt() -> None:
+        with suppress(Exception):
+            work()
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(seconds)

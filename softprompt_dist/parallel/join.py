@@ -50,6 +50,7 @@ def join_world(*, debug: bool = False, limit_seconds: float | None = None) -> No
     if not debug:
         _hush_libraries()
     limit = _LONGEST_WAIT.total_seconds() if limit_seconds is None else limit_seconds
+    ranks.let_groups_wait(limit)
     late = f"Rank {ranks.rank()} has waited {limit:g} s for the others at {_place()}. {_MEETING}"
     with stop.ends_while_waiting(limit, f"{late} If they are slow, raise {_LIMIT}."):
         _meet()
@@ -94,7 +95,6 @@ def _meet() -> None:
             store=store,
             rank=rank,
             world_size=world_size,
-            timeout=_LONGEST_WAIT,
             # So that NCCL connects now; one rank has nobody to connect to.
             device_id=ranks.device() if backend == "nccl" and world_size > 1 else None,
         )

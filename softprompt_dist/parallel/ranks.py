@@ -15,13 +15,16 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from softprompt_dist.errors import SoftpromptError
 
 T = TypeVar("T")
 
-_LONGEST_WRITE = timedelta(hours=2)
-"""For threads that wait in a group of their own while rank 0 writes a model to a slow disk."""
+_LONGEST_WAIT = timedelta(hours=2)
+"""For a rank that waits while rank 0 fetches a checkpoint, or writes a model to a slow disk."""
+_MARGIN = timedelta(minutes=10)
+"""Who hangs is ended by its watchdog, which says where; a library's timeout says little."""
 
 
 class _Way(threading.local):
@@ -95,7 +98,18 @@ def new_cpu_group() -> dist.ProcessGroup | None:
     """All ranks: a further group of all of them, for tensors on the CPU; None in a world of one."""
     if world_size() == 1:
         return None
-    return dist.new_group(backend="gloo", timeout=_LONGEST_WRITE)
+    return dist.new_group(backend="gloo")
+
+
+def let_groups_wait(limit_seconds: float = 0.0) -> timedelta:
+    """From now on each group that this process makes waits for longer than any watchdog; how long.
+
+    Those of libraries, too: NCCL's own limit is ten minutes, and DeepSpeed passes none on.
+    """
+    wait = max(_LONGEST_WAIT, timedelta(seconds=limit_seconds)) + _MARGIN
+    # No function of PyTorch sets what a group has whose maker names no limit.
+    vars(distributed_c10d).update(default_pg_timeout=wait, default_pg_nccl_timeout=wait)
+    return wait
 
 
 def leave_group(group: dist.ProcessGroup | None) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from softprompt_dist.config import TuneConfig
 from softprompt_dist.errors import MachineError, PromptFileError
+from softprompt_dist.lifecycle.watchdog import doing
 from softprompt_dist.metrics.results import prompt_source
 from softprompt_dist.parallel import ranks
 from softprompt_dist.prompt.file import PromptMetadata, load_prompt
@@ -99,7 +100,9 @@ def answer(  # noqa: PLR0913 - whom, what, and how it is called
     """All ranks: have a prompt answer a split, or a fair sample of `count` examples."""
     split = task.splits[split_name].sample(count)
     what = f"scoring {who}, {task.name} {split_name}"
-    return Answered(task, split_name, split, bench.predict(prompt, task, split, what))
+    health = bench.config.health
+    with doing(what, health.step_timeout_seconds, first_seconds=health.slow_timeout_seconds):
+        return Answered(task, split_name, split, bench.predict(prompt, task, split, what))
 
 
 def evaluation_of(

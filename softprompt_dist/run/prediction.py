@@ -17,6 +17,7 @@ from softprompt_dist.data.batching import (
 from softprompt_dist.data.reading import TaskReader
 from softprompt_dist.data.tasks import task_reader
 from softprompt_dist.errors import ConfigError
+from softprompt_dist.lifecycle.watchdog import doing
 from softprompt_dist.parallel import ranks
 from softprompt_dist.prompt.file import load_prompt
 from softprompt_dist.prompt.module import SoftPrompt
@@ -76,8 +77,11 @@ def _answer_all(
     ranks.together(lambda: _check_positions(config, bench.backbone, len(prompt_PD), rule))
     prompt = SoftPrompt(prompt_PD).to(ranks.device())
     ranks.on_main(lambda: desk.begin(bench.identity))
+    limit, first_limit = config.health.step_timeout_seconds, config.health.slow_timeout_seconds
     while blocks is not None:
-        predictions = bench.scorer.predict_blocks(prompt, blocks, rule)
+        with doing("predicting", limit, first_seconds=first_limit):
+            predictions = bench.scorer.predict_blocks(prompt, blocks, rule)
+        first_limit = limit
         ranks.on_main(partial(desk.write, predictions, rule.labels.texts))
         blocks = ranks.on_main(lambda: desk.next_blocks(encode))
     ranks.on_main(desk.finish)

@@ -18,7 +18,7 @@ from softprompt_dist.backbone.base import Backbone
 from softprompt_dist.data.batching import TokenBatch, TokenExample, collate
 from softprompt_dist.data.bucketing import batches_by_length
 from softprompt_dist.data.detokenise import detokenise
-from softprompt_dist.lifecycle.watchdog import tick
+from softprompt_dist.lifecycle.watchdog import settle, tick
 from softprompt_dist.metrics.answer_text import remove_first_sentinel
 from softprompt_dist.parallel import ranks, stop
 from softprompt_dist.progress import Phase, phase
@@ -163,7 +163,8 @@ class Scorer:
         row along, whose prediction is thrown away.
         """
         for start in range(0, len(batches), ranks.world_size()):
-            tick()
+            if start:
+                settle()
             stop.end_here_if_asked("scoring")
             own = start + ranks.rank()
             if own < len(batches):

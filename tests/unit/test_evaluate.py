@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -240,3 +242,40 @@ def test_a_prompt_of_another_length_than_the_recipes(
     )
     assert code == 0
     assert "tuned prompt" in out
+
+
+HANGS = """
+import sys, time
+from softprompt_dist import evaluate, predict
+from softprompt_dist.parallel.verb import run_verb
+from softprompt_dist.run.scoring import Scorer
+answer, calls = Scorer._predict_batch, iter(range(1000))
+def answer_two(*arguments):
+    while next(calls) >= 2:
+        time.sleep(600)
+    return answer(*arguments)
+Scorer._predict_batch = answer_two
+run_verb({"evaluate": evaluate, "predict": predict}[sys.argv[1]].main, sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "predict"])
+def test_a_collective_that_hangs_ends_with_its_stacks(
+    prompt: Path, tiny_data: Path, tmp_path: Path, verb: str
+) -> None:
+    output = ["--output", tmp_path] if verb == "evaluate" else ["--output", tmp_path / "o.jsonl"]
+    rows = [] if verb == "evaluate" else ["--input", tiny_data / "test.jsonl"]
+    limits = ["--set", "health.step_timeout_seconds=1", "--set", "evaluation.batch_tokens=40"]
+    done = subprocess.run(
+        [sys.executable, "-c", HANGS, verb, "--prompt", prompt, *output, *rows, *limits],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    what = "scoring the prompt, foods test" if verb == "evaluate" else "predicting"
+    assert f"error: Rank 0 made no progress for 1 s while {what}." in done.stderr
+    assert done.returncode == 5
+    stacks = tmp_path / "stacks" / "rank-0.txt"
+    said = stacks.read_text() if verb == "evaluate" else done.stderr
+    assert " in answer_two" in said

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from softprompt_dist.errors import MachineError
 from softprompt_dist.parallel import groups, ranks
+from softprompt_dist.parallel.join import join_world
 
 UNEVEN = {
     "two and four": [("a", 2)] * 2 + [("b", 4)] * 4,
@@ -33,3 +37,14 @@ def test_a_single_node_is_the_world(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "gather_objects", lambda _: [("a", 2)] * 2)
     monkeypatch.setenv("LOCAL_SIZE", "2")
     assert groups.shard_group("node") is None
+
+
+@pytest.mark.parametrize(("limit", "waits"), [(60.0, 7800.0), (9000.0, 9600.0)])
+@pytest.mark.usefixtures("lone_process")
+def test_any_group_waits_for_longer_than_a_watchdog(limit: float, waits: float) -> None:
+    """Also one that DeepSpeed makes, which names no limit."""
+    join_world(limit_seconds=limit)
+    for group in (dist.group.WORLD, dist.new_group(range(1)), dist.new_group(backend="gloo")):
+        made = group._get_backend(torch.device("cpu"))
+        assert made.options._timeout.total_seconds() == waits
+    assert distributed_c10d._get_default_timeout("nccl").total_seconds() == waits

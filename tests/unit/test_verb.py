@@ -161,7 +161,7 @@ REASONS = {
     "two ranks on a GPU": (
         dist.DistBackendError(
             f"{NCCL}invalid usage\nncclInvalidUsage: This usually reflects invalid usage of "
-            "NCCL library.\nLast error:\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device"
+            "NCCL library.\nLast error:\nDuplicate GPU detected : rank 1 and rank 0 both on 7"
         ),
         "fatal: rank 1 .*Duplicate GPU detected",
     ),

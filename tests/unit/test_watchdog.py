@@ -30,6 +30,34 @@ with doing("step 7", 1.0):
     (folder / "hangs").touch()
     stand_still()
 """
+RECORDED = """
+import torch._C._distributed_c10d as c10d
+c10d._dump_nccl_trace = lambda: b"what NCCL was doing"
+"""
+RECORDER_HANGS = """
+import torch._C._distributed_c10d as c10d
+c10d._dump_nccl_trace = stand_still
+"""
+RECORDER_FAILS = """
+import torch._C._distributed_c10d as c10d
+def _fail():
+    raise RuntimeError("no recorder")
+c10d._dump_nccl_trace = _fail
+sys.stderr.close()
+"""
+PRINTS_STACKS = """
+dog.stop()
+watchdog.Watchdog(None).start()
+"""
+SETTLES = """
+with doing("scoring", 1.0, first_seconds=60.0):
+    time.sleep(1.5)
+    watchdog.settle()
+    with doing("writing", 60.0):
+        time.sleep(1.5)
+    (folder / "hangs").touch()
+    stand_still()
+"""
 GOES_ON = """
 with doing("step 7", 1.0):
     for _ in range(15):
@@ -68,19 +96,22 @@ class Watched:
     process: subprocess.Popen[str]
 
     def until(self, name: str) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while not (self.folder / name).exists():
             assert time.monotonic() < deadline
             time.sleep(0.01)
 
     def outcome(self) -> tuple[int, str, str]:
-        said, err = self.process.communicate(timeout=60)
+        said, err = self.process.communicate(timeout=240)
         return self.process.returncode, said, err
 
 
 @pytest.fixture(scope="module")
 def all_watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Watched]]:
     codes = {"hangs": HANGS, "dead disk": HANGS, "goes on": GOES_ON, "is halted": IS_HALTED}
+    codes |= {"recorded": RECORDED + HANGS, "recorder hangs": RECORDER_HANGS + HANGS}
+    codes |= {"recorder fails": RECORDER_FAILS + HANGS, "settles": SETTLES}
+    codes["prints"] = PRINTS_STACKS + HANGS
     folders = {name: tmp_path_factory.mktemp("watched") for name in codes}
     # To open it for writing waits for a reader, as a dead disk does for ever.
     os.mkfifo(folders["dead disk"] / "fifo")
@@ -144,3 +175,37 @@ def test_progress_of_any_kind_is_no_hang(all_watched: dict[str, Watched]) -> Non
     code, said, err = watched.outcome()
     assert (code, said) == (0, "went on\n"), err
     assert list(watched.folder.iterdir()) == []
+
+
+def test_what_nccl_was_doing_lies_beside_the_stacks(all_watched: dict[str, Watched]) -> None:
+    watched = all_watched["recorded"]
+    assert watched.outcome()[0] == 5
+    assert (watched.folder / "stacks" / "nccl-rank-3").read_bytes() == b"what NCCL was doing"
+
+
+@pytest.mark.parametrize("case", ["recorder hangs", "recorder fails"])
+def test_a_recorder_that_hangs_or_fails_keeps_no_rank_from_ending(
+    all_watched: dict[str, Watched], case: str
+) -> None:
+    watched = all_watched[case]
+    watched.until("hangs")
+    code, _, err = watched.outcome()
+    assert code == 5
+    ended = watched.folder / "why"
+    assert ended.read_text().startswith("hang: Rank 3 made no progress for 1 s while step 7.")
+    assert ("made no progress" in err) == (case == "recorder hangs"), "the other has no stderr"
+    assert "Traceback" not in err
+
+
+def test_what_is_done_for_the_first_time_may_take_longer(all_watched: dict[str, Watched]) -> None:
+    watched = all_watched["settles"]
+    watched.until("hangs")
+    code, _, err = watched.outcome()
+    assert code == 5
+    assert "made no progress for 1 s while scoring." in err
+
+
+def test_without_a_folder_the_stacks_are_printed(all_watched: dict[str, Watched]) -> None:
+    code, _, err = all_watched["prints"].outcome()
+    assert code == 5
+    assert err.count(" in stand_still") == 2
