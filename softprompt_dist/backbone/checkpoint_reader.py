@@ -14,6 +14,7 @@ from torch import Tensor
 from softprompt_dist.backbone.flat_weights import row_ranges
 from softprompt_dist.backbone.formats import Int8Rows
 from softprompt_dist.backbone.weight_files import checkpoint_files, open_weight_file
+from softprompt_dist.errors import BackboneError
 
 SCALE_SUFFIX = "_scale"
 """Behind the name of an int8 tensor: its rows' scales, fp32 (as `softprompt convert` writes)."""
@@ -30,7 +31,7 @@ class CheckpointReader:
     int8 tensors with a `_scale` beside them come back as the floating-point rows they stand for.
 
     Raises:
-        BackboneError: a file is missing, truncated, or not of its kind.
+        BackboneError: a file is missing, truncated, or not of its kind; or what is read holds NaN.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -115,6 +116,12 @@ class CheckpointReader:
         if self._bytes_read > _MAPPED_BYTES:
             self.close()
         rows = self._file_of[name].rows(name, first, last)
+        if rows.is_floating_point() and rows.numel() and rows.max().isnan():  # which any NaN makes
+            bad = int(rows.isnan().any(dim=1).nonzero()[0])
+            raise BackboneError(
+                f"{self.folder} holds NaN, which is no number, in row {first + bad} of {name}. The "
+                "checkpoint itself is broken: fetch it again, or use another."
+            )
         self._bytes_read += max(rows.numel() * rows.element_size(), _FAULT_BYTES)
         return rows
 

@@ -18,7 +18,7 @@ from softprompt_dist.backbone.checkpoint_reader import CheckpointReader
 from softprompt_dist.backbone.embedding import FrozenEmbedding
 from softprompt_dist.backbone.engine import BlockSizes, engine_config
 from softprompt_dist.backbone.fingerprint import fingerprint
-from softprompt_dist.backbone.flat_weights import FrozenBlock
+from softprompt_dist.backbone.flat_weights import FrozenBlock, row_ranges
 from softprompt_dist.backbone.formats import Int8Rows, PlainRows, RowFormat
 from softprompt_dist.backbone.inventory import Inventory
 from softprompt_dist.backbone.layers import FrozenLinear
@@ -67,12 +67,20 @@ def fill(
 
 
 def embedding_of(inventory: Inventory, config: BackboneConfig) -> FrozenEmbedding:
-    """The table: on the device if the backbone is replicated, else in the mapped file."""
+    """The table: on the device if the backbone is replicated, else in the mapped file.
+
+    Raises:
+        BackboneError: the file is damaged, or the table holds NaN.
+    """
     dtype = DTYPES[config.dtype]
     name = inventory.stored[inventory.skeleton.embedding]
     table_VD = inventory.reader.mapped_table(name)
     if config.sharding == "replicated":
         table_VD = table_VD.to(ranks.device(), dtype, copy=True)
+    else:  # nobody reads it whole: each rank looks through its share
+        first, last = (len(table_VD) * (ranks.rank() + i) // ranks.world_size() for i in (0, 1))
+        for rows in row_ranges(first, last, table_VD.shape[1] * table_VD.itemsize):
+            inventory.reader.rows(name, rows.start, rows.stop)
     scale = inventory.skeleton.embedding_scale
     return FrozenEmbedding(table_VD, ranks.device(), dtype, scale)
 

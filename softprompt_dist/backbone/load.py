@@ -174,8 +174,9 @@ def check_decoder_start(folder: Path, model_config: Any) -> None:
     start = getattr(model_config, "decoder_start_token_id", None)
     if not isinstance(start, int) or not 0 <= start < model_config.vocab_size:
         raise BackboneError(
-            f"{folder}/config.json needs decoder_start_token_id, a token of the model "
-            f"(found {start}). It is 0 for every public T5."
+            f"{folder}/config.json needs decoder_start_token_id, a token below its vocab_size "
+            f"{model_config.vocab_size} (found {start}). It is 0 for every public T5. Use the "
+            "config.json that belongs to the weights."
         )
 
 

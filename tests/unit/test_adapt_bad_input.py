@@ -167,6 +167,19 @@ def test_a_t5_with_two_embedding_tables(refused, tiny_t5, tmp_path):
     assert_message(outcome, folder, "decoder.embed_tokens.weight", "which are different")
 
 
+def test_a_backbone_that_holds_nan(refused, tiny_t5, tmp_path):
+    def break_a_row(weights):
+        weights["shared.weight"][7, 3] = float("nan")
+        return weights
+
+    folder = Path(shutil.copytree(tiny_t5, tmp_path / "nan"))
+    change_weights(folder, break_a_row)
+    outcome = refused(
+        init="from_checkpoint", backbone=str(folder), tokenizer=None, objective="prefix_lm"
+    )
+    assert_message(outcome, folder, "holds NaN", "row 7 of shared.weight", "fetch it again")
+
+
 def test_a_tied_decoder_whose_stored_head_is_another(refused, tiny_llama, tmp_path):
     def give_a_head(weights):
         return weights | {"lm_head.weight": weights["model.embed_tokens.weight"] * 2}

@@ -37,6 +37,13 @@ def test_a_damaged_backbone(said: Said, tiny_recipe: Path, folder: Path, damage:
     assert_message(said(train.main, "--recipe", tiny_recipe, *arguments), folder)
 
 
+def with_nan(weights: Tensors, name: str) -> Tensors:
+    """One value of row 3 is none."""
+    changed = weights[name].clone()
+    changed.view(len(changed), -1)[3, -1] = torch.nan
+    return {**weights, name: changed}
+
+
 HEAD, WO = "lm_head.weight", "encoder.block.1.layer.1.DenseReluDense.wo.weight"
 MISFITS: dict[str, tuple[Callable[[Tensors], Tensors], tuple[str, ...]]] = {
     "a tensor is missing": (
@@ -67,6 +74,13 @@ MISFITS: dict[str, tuple[Callable[[Tensors], Tensors], tuple[str, ...]]] = {
         },
         ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "which are different"),
     ),
+    **{
+        f"NaN in {name}": (
+            lambda w, name=name: with_nan(w, name),
+            (f"holds NaN, which is no number, in row 3 of {name}", "fetch it again"),
+        )
+        for name in (HEAD, WO, "shared.weight", "decoder.final_layer_norm.weight")
+    },
     "codes for numbers": (
         lambda w: {**w, WO: w[WO].to(torch.int8)},
         (f"{WO} (torch.int8)", "Set backbone.path to the original checkpoint"),

@@ -22,6 +22,7 @@ from softprompt_dist.backbone.flat_weights import Slot
 from softprompt_dist.backbone.load import (
     inventory_of,
     load_backbone,
+    load_embedding,
     load_tokenizer,
     locate_backbone,
 )
@@ -236,6 +237,18 @@ class Trap:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("sharding", ["replicated", "zero3"])
+def test_nan_in_a_row_that_is_looked_up_is_named(t5_folder: Path, sharding: str) -> None:
+    def break_a_row(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        weights["shared.weight"][200, 0] = torch.nan
+        return weights
+
+    change_weights(t5_folder, break_a_row)
+    read = {"replicated": load_backbone, "zero3": load_embedding}[sharding]
+    with pytest.raises(BackboneError, match=r"NaN.*row 200 of shared\.weight"):
+        read(BackboneConfig(path=str(t5_folder), sharding=sharding))
 
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "./neither", "a/b/c"])
