@@ -26,6 +26,7 @@ first: command line (`--steps`, `--run-dir`, `--deepspeed_config`, `--set key.su
 recipe, default.
 An unknown key is refused, and the nearest valid one is named. `softprompt train --recipe NAME
 --dry-run` prints the final config.
+`~` at the beginning of a path is the home folder.
 
 ## Splits
 

@@ -12,6 +12,7 @@ from softprompt_dist.section import (
     CheckpointConfig,
     HealthConfig,
     NotNegative,
+    PathName,
     Positive,
     Section,
 )
@@ -79,20 +80,20 @@ class AdaptConfig(Section):
     """Everything `softprompt adapt` needs: all weights of a language model, on plain text."""
 
     name: Name = "adapt"
-    run_directory: str | None = None
+    run_directory: PathName | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     steps: Positive = 100000
     init: Literal["from_config", "from_checkpoint"] = "from_checkpoint"
-    backbone: str | None = None
+    backbone: PathName | None = None
     """For `from_checkpoint`: a Hugging Face folder, hub name or `demo:` name."""
     architecture: ArchitectureConfig = ArchitectureConfig()
     """For `from_config`."""
-    tokenizer: str | None = None
+    tokenizer: PathName | None = None
     """Folder of the tokenizer; default: beside the backbone."""
-    corpus: list[str] = Field(min_length=1)
+    corpus: list[PathName] = Field(min_length=1)
     """Folders of `softprompt corpus build`, or text files (one document a line; .gz and .xz too),
     which are tokenised before the first step. `path*3`: three times an epoch."""
-    validation_corpus: list[str] = []
+    validation_corpus: list[PathName] = []
     verify_corpus: bool = True
     """Compare the checksums of built folders before the first step, dealt over the ranks. Their
     sizes are compared in any case."""

@@ -13,6 +13,6 @@ def cache_directory() -> Path:
     """
     chosen = os.environ.get("SOFTPROMPT_CACHE")
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(chosen) if chosen else Path(home) / "softprompt-dist"
+    folder = Path(chosen).expanduser() if chosen else Path(home) / "softprompt-dist"
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -12,6 +12,7 @@ from softprompt_dist.section import (
     CheckpointConfig,
     HealthConfig,
     NotNegative,
+    PathName,
     Positive,
     Section,
 )
@@ -25,7 +26,7 @@ from softprompt_dist.task_config import (
 class BackboneConfig(Section):
     """Which frozen model, and how its weights are held; sharding changes no result."""
 
-    path: str = "demo:smollm2-135m"
+    path: PathName = "demo:smollm2-135m"
     """Hugging Face folder, hub name, `demo:smollm2-135m` (fetched once) or `demo:tiny-t5`."""
     revision: str | None = None
     """Revision of a hub name; refused of a folder."""
@@ -44,7 +45,7 @@ class BackboneConfig(Section):
     """llm_int8: input columns with a greater magnitude are not quantized; 0: all are."""
     offload: Literal["none", "cpu", "nvme"] = "none"
     """zero3: where the parts lie. A ds_config's `offload_param` decides this where given."""
-    offload_path: str | None = None
+    offload_path: PathName | None = None
     """For `offload: nvme`: a folder on a local disk."""
     activation_checkpointing: Annotated[str, Field(pattern=r"^(none|full|every_[1-9]\d*)$")] = (
         "none"
@@ -104,7 +105,7 @@ class PromptConfig(Section):
     """How many of the most common pieces are in the pool."""
     text: str | None = None
     """For `text`: piece j goes to row j, the rest from sampled vocabulary."""
-    file: str | None = None
+    file: PathName | None = None
     """For `file`: a prompt file of the same length, width and backbone."""
 
 
@@ -164,13 +165,13 @@ class TuneConfig(Section):
     """Everything `softprompt train` needs. Saved to the run directory as `config.yaml`."""
 
     name: Name = "run"
-    run_directory: str | None = None
+    run_directory: PathName | None = None
     """Default: runs/<name>."""
     seed: NotNegative = 0
     steps: Positive = 30000
     z_loss: Annotated[float, Field(ge=0)] = 0.0
     """Weight of log(Z)^2; T5X uses 1e-4."""
-    deepspeed_config: str | None = None
+    deepspeed_config: PathName | None = None
     """JSON for the engine's plumbing; decides sharding, dtype and off-load where given."""
     backbone: BackboneConfig = BackboneConfig()
     task: TaskConfig = TaskConfig()

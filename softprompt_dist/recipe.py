@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
+from datetime import date
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin
@@ -23,6 +24,15 @@ from softprompt_dist.yaml_reading import MAX_BYTES, parse_yaml
 
 RecipeT = TypeVar("RecipeT", bound=Section)
 
+_WORDS = {False: "no", True: "yes", None: ""}
+_KINDS = (
+    (bool, "true or false, as are yes, no, on and off"),
+    ((int, float), "a number"),
+    (date, "a date"),
+    (dict, "a mapping, because of a colon or braces"),
+    (list, "a list"),
+    (type(None), "nothing"),
+)
 _PROBLEMS_SHOWN = 40
 _LONGEST_SHOWN = 300
 
@@ -161,7 +171,23 @@ def _describe(kind: type[Section], error: Any) -> str:
     hint = (
         " fp16 breaks T5 (its activations overflow); use bf16." if error["input"] == "fp16" else ""
     )
-    return f"{name + ': ' if name else ''}{message}{value}{hint}"
+    return f"{name + ': ' if name else ''}{message}{value}{hint}{_read_as(error, location)}"
+
+
+def _read_as(error: Any, location: Sequence[str]) -> str:
+    """Where YAML made something else of what should be text: how to write it."""
+    value = error["input"]
+    is_choice = error["type"] == "literal_error" and isinstance(value, bool)
+    if error["type"] != "string_type" and not is_choice:
+        return ""
+    kind = next((word for each, word in _KINDS if isinstance(value, each)), type(value).__name__)
+    text = _WORDS[value] if isinstance(value, bool | None) else "..."
+    if location[-1] == "[key]":
+        shown = f'"{text if isinstance(value, bool) else value}": text'
+    else:
+        name = ".".join(location)
+        shown = f'{location[-1]}: "{text}", or --set \'{name}="{text}"\''
+    return f" To YAML this is {kind}. Put text in quotes: {shown}."
 
 
 def _shown(value: Any) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os.path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 _LIMIT = 2**63
 Positive = Annotated[int, Field(ge=1, lt=_LIMIT)]
 NotNegative = Annotated[int, Field(ge=0, lt=_LIMIT)]
+PathName = Annotated[str, AfterValidator(os.path.expanduser)]
+"""Of a file or folder; the home folder for `~` at its beginning."""
 
 
 class Section(BaseModel):

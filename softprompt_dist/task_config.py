@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from softprompt_dist.names import Label
-from softprompt_dist.section import Positive, Section
+from softprompt_dist.section import PathName, Positive, Section
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -19,15 +19,15 @@ class SourceConfig(Section):
     kind: Literal["files", "hub", "vader", "superglue"] = "files"
     """files: jsonl, csv or parquet (the first two also gzip); hub: a Hugging Face data set; vader:
     PyPI; superglue: the official zips, or their folder."""
-    path: str | None = None
+    path: PathName | None = None
     """superglue: combined.zip, a task's zip such as BoolQ.zip, or a folder of either layout."""
-    train: str | None = None
+    train: PathName | None = None
     """Path or hub split name."""
-    validation: str | None = None
+    validation: PathName | None = None
     """Path or hub split name; where absent, a tenth of train by hash of the text."""
-    test: str | None = None
+    test: PathName | None = None
     """Path or hub split name; where absent, a tenth of train by hash of the text."""
-    name: str | None = None
+    name: PathName | None = None
     """Hub data set name, or for vader: `movies`, `amazon`, `nyt`, `tweets` or `sources`."""
     subset: str | None = None
     """Hub configuration name."""

@@ -121,6 +121,8 @@ def engine_config(
         ours["offload_param"] = _offload(backbone, sizes.largest_part)
     given = base.get("zero_optimization", {})
     offload = ours.get("offload_param", {}) | (given.get("offload_param") or {})
+    if backbone.offload == "nvme":
+        offload["nvme_path"] = backbone.offload_path  # the ds_config's, without its `~`
     zero = ours | given | ({"offload_param": offload} if offload else {})
     check_zero(zero)
     # Parameters are bytes, so DeepSpeed has nothing to cast; batches never pass through it.

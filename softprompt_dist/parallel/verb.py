@@ -24,6 +24,12 @@ from softprompt_dist.redaction import redact_output, redact_text
 
 Main = Callable[[Sequence[str] | None], None]
 
+
+def _at_home(word: str) -> str:
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return option + equals + os.path.expanduser(value)
+
+
 _GRACE_SECONDS = 10.0
 """How long another rank waits to be ended by the launcher before it takes the error for its own."""
 
@@ -31,7 +37,9 @@ _GRACE_SECONDS = 10.0
 class VerbParser(argparse.ArgumentParser):
     """A parser whose help and whose errors come from one rank only.
 
-    It takes `--debug` and ignores `--local_rank`, which DeepSpeed's launcher puts in front.
+    It takes `--debug` and ignores `--local_rank`, which DeepSpeed's launcher puts in front. `~` at
+    the beginning of an argument or of an option's value is the home folder: shells see to it in
+    `--output ~/x`, not in `--output=~/x`.
     """
 
     def __init__(self, verb: str, description: str, **settings: Any) -> None:
@@ -40,6 +48,11 @@ class VerbParser(argparse.ArgumentParser):
         )
         self.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
         self.add_argument("--debug", action="store_true", help="show tracebacks and engine logs")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's."""
+        given = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_at_home(str(word)) for word in given], namespace)
 
     def add_recipe_options(self) -> None:
         """Add the options that all verbs with a recipe share."""

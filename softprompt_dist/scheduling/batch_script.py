@@ -26,7 +26,7 @@ def scripts_folder(chosen: str | None) -> Path:
         ConfigError: the recipe's is none.
     """
     if chosen is not None:
-        folder = Path(chosen).expanduser().absolute()
+        folder = Path(chosen).absolute()
         if not (folder / SETTINGS).is_file():
             raise ConfigError(
                 f"scripts is {chosen!r}, but there is no {folder / SETTINGS}. Copy the batch "

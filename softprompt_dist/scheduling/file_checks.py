@@ -41,7 +41,7 @@ def _corpora(stages: Sequence[AdaptConfig]) -> list[Finding]:
     from softprompt_dist.data.lm.corpus import parse_repeats
 
     specs = {spec for each in stages for spec in (*each.corpus, *each.validation_corpus)}
-    paths = {parse_repeats(spec)[0].expanduser() for spec in specs}
+    paths = {parse_repeats(spec)[0] for spec in specs}
     missing = sorted(str(path) for path in paths if not path.exists())
     if not missing:
         return [Finding("adapt corpus", "ok", f"{len(paths)} file(s) and folder(s) are there")]

@@ -10,7 +10,7 @@ import yaml
 from pydantic import field_validator, model_validator
 
 from softprompt_dist.names import Name
-from softprompt_dist.section import NotNegative, Positive, Section
+from softprompt_dist.section import NotNegative, PathName, Positive, Section
 
 _OPTION = re.compile(r"[a-z][a-z0-9]+(-[a-z0-9]+)*")
 _BY_PIPELINE = {
@@ -35,7 +35,7 @@ class StageConfig(Section):
     set: dict[str, Any] = {}
     """Keys of the stage's recipe, as `--set` takes them: `optimizer.learning_rate: 0.1`, or
     `optimizer: {learning_rate: 0.1}`, which leaves the section's other keys as they are."""
-    deepspeed_config: str | None = None
+    deepspeed_config: PathName | None = None
     """JSON for the engine."""
     sbatch: dict[str, Any] = {}
     """Options of sbatch by their long names, on top of those of all jobs; null takes one away."""
@@ -63,7 +63,7 @@ class StageConfig(Section):
 class RunStageConfig(StageConfig):
     """A stage with a recipe of its own."""
 
-    recipe: str
+    recipe: PathName
     """A packaged one's name, or a file; of the verb that the stage runs."""
 
 
@@ -118,9 +118,9 @@ class PipelineConfig(Section):
 
     name: Name
     """Of the jobs and, by default, of the directory."""
-    directory: str | None = None
+    directory: PathName | None = None
     """Run directories, logs and `pipeline.json`. Default: runs/<name>."""
-    scripts: str | None = None
+    scripts: PathName | None = None
     """Folder of this site's batch scripts. Default: ./slurm, else the ones of this package."""
     sbatch: dict[str, Any] = {}
     """Options of sbatch for all jobs by their long names, on top of those in the scripts."""

@@ -68,7 +68,7 @@ class Pipeline:
             ConfigError: there are no batch scripts where the recipe has them, or the directory has
                 a name that cannot be told to a job.
         """
-        directory = Path(config.directory or f"runs/{config.name}").expanduser().absolute()
+        directory = Path(config.directory or f"runs/{config.name}").absolute()
         if not str(directory).isprintable():
             # What a job waits for is told to it as lines of text.
             raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ from softprompt_dist.adapt_config import AdaptConfig
 from softprompt_dist.config import TuneConfig
 from softprompt_dist.errors import ConfigError
 from softprompt_dist.parallel.verb import VerbParser
-from softprompt_dist.recipe import load_recipe, to_yaml
+from softprompt_dist.recipe import check_values, load_recipe, to_yaml
 from softprompt_dist.run.options import tune_config
 from softprompt_dist.run.tuning import check_world
+from softprompt_dist.scheduling.pipeline_config import PipelineConfig
+from softprompt_dist.section import Section
+from softprompt_dist.yaml_reading import parse_yaml
 
 RECIPE = """
 name: mine
@@ -208,6 +212,57 @@ def test_a_config_is_frozen() -> None:
 )
 def test_keys_that_belong_together(overrides: list[str], message: str) -> None:
     assert message in refusal(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys"),
+    [
+        (
+            TuneConfig,
+            """run_directory deepspeed_config backbone.path backbone.offload_path prompt.file
+            task.source.path task.source.train task.source.validation task.source.test
+            task.source.name""",
+        ),
+        (AdaptConfig, "run_directory backbone tokenizer corpus validation_corpus"),
+        (PipelineConfig, "directory scripts tune.recipe tune.deepspeed_config"),
+    ],
+)
+def test_a_path_may_begin_at_home(
+    kind: type[Section], keys: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/of/mine")
+    given = {
+        AdaptConfig: {"corpus": ["a"]},
+        PipelineConfig: {"name": "p", "tune": {"recipe": "r", "tasks": ["cb"]}},
+    }
+    for key in keys.split():
+        shown = ["~/x*2"] if "corpus" in key else "~/x"
+        needed = {"prompt.file": ["prompt.initialisation=file"]}.get(key, [])
+        needed += ["backbone.offload=nvme"] if "offload" in key else []
+        config: Any = check_values(
+            kind, copy.deepcopy(given.get(kind, {})), [*needed, f"{key}={json.dumps(shown)}"]
+        )
+        for name in key.split("."):
+            config = getattr(config, name)
+        assert (config[0] if "corpus" in key else config).startswith("/home/of/mine/x")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "told"),
+    [
+        ('task: {labels: {"0": no}}', "", 'true or false, as are yes, no, .* in quotes: 0: "no"'),
+        ("task: {labels: {0: a}}", "", 'a number. Put text in quotes: "0": text'),
+        ("task: {labels: {yes: a}}", "", 'quotes: "yes": text'),
+        ("{}", "name=2024-01-01", "a date.* --set 'name=\"...\"'"),
+        ("{}", "task.input_template=premise: {text}", "a mapping.*'task.input_template=\"...\"'"),
+        ("{}", "backbone.offload=off", 'true or false.*: offload: "no"'),
+    ],
+)
+def test_what_yaml_takes_for_something_else_than_text_is_told(
+    recipe: str, override: str, told: str
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        check_values(TuneConfig, parse_yaml(recipe), [override] if override else [])
 
 
 def test_a_corpus_is_required_to_adapt() -> None:

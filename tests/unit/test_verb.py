@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from softprompt_dist import corpus
 from softprompt_dist.errors import ConfigError, DataError, NonFiniteLossError
 from softprompt_dist.outcome_files import FOLDER_VARIABLE, silent_where
 from softprompt_dist.parallel import verb
@@ -205,6 +206,18 @@ def parser() -> VerbParser:
 def test_wrong_option_is_a_config_error_with_usage() -> None:
     with pytest.raises(ConfigError, match=r"(?s)softprompt tune: .*--recpie.*usage:"):
         parser().parse_args(["--recpie", "demo"])
+
+
+def test_a_path_may_begin_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/of/mine")
+    parser = VerbParser("train", "Train.")
+    parser.add_recipe_options()
+    words = ["--run-dir=~/a", "--recipe", "~/r.yaml", "--set", "name=~", "--set=seed=~"]
+    options = parser.parse_args(words)
+    assert (options.run_dir, options.recipe) == ("/home/of/mine/a", "/home/of/mine/r.yaml")
+    assert options.overrides == ["name=~", "seed=~"]
+    shown = corpus.build_parser().parse_args(["show", "~/c4"])
+    assert str(shown.folder) == "/home/of/mine/c4"
 
 
 def test_options_are_not_abbreviated() -> None:
