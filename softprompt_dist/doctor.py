@@ -141,7 +141,7 @@ def job_findings(job: Job, world: World) -> list[Finding]:
     findings += found
     if all(finding.status != "fail" for finding in found):
         findings += check_read_speed("backbone speed", checkpoint_files(folder))
-        findings += check_room(job.config, folder, world.cluster)
+        findings += check_room(job.held_by(world.size) or job.config, folder, world.cluster)
     return findings
 
 

@@ -48,11 +48,17 @@ class Job:
         used = quantization in _OF_BITSANDBYTES
         return f"backbone.quantization={quantization}" if used else None
 
+    def held_by(self, num_ranks: int) -> TuneConfig | None:
+        """`config` with the backbone as a run on so many ranks holds it."""
+        if self.config is None or self.ds_config is not None:
+            return self.config
+        held = self.config.backbone.held_by(num_ranks)
+        return self.config.model_copy(update={"backbone": held})
+
     def needs_deepspeed(self, num_ranks: int) -> bool:
         """Whether so many ranks shard, off-load or train weights."""
-        if self.backbone is None:
-            return bool(self.stages)
-        return bool(self.ds_config) or self.backbone.held_by(num_ranks).sharding == "zero3"
+        held = self.held_by(num_ranks)
+        return bool(self.stages) if held is None else held.backbone.sharding == "zero3"
 
     @property
     def offload_folder(self) -> Path | None:

@@ -87,6 +87,25 @@ def test_ds_config_and_overrides_count(tiny_recipe: Path, tmp_path: Path) -> Non
     assert job.needs_bitsandbytes_for is None
 
 
+@pytest.mark.parametrize(
+    ("settings", "on_one_rank", "on_two"),
+    [
+        ([], False, False),
+        (["backbone.sharding=zero3"], False, True),
+        (["backbone.sharding=zero3", "backbone.offload=cpu"], True, True),
+    ],
+    ids=["replicated", "zero3", "off-loaded"],
+)
+def test_deepspeed_is_needed_where_weights_are_cut_or_moved(
+    settings: list[str], on_one_rank: bool, on_two: bool, tiny_recipe: Path, zero3_json: Path
+) -> None:
+    overrides = [word for setting in settings for word in ("--set", setting)]
+    job, _ = read("--recipe", str(tiny_recipe), *overrides)
+    assert (job.needs_deepspeed(1), job.needs_deepspeed(2)) == (on_one_rank, on_two)
+    engine = ["--deepspeed_config", str(zero3_json)]
+    assert read("--recipe", str(tiny_recipe), *overrides, *engine)[0].needs_deepspeed(1)
+
+
 def test_a_world_that_does_not_divide_the_batch_fails(config: TuneConfig) -> None:
     job = Job(Path("runs"), config)
     assert check_world_size(job, 2)[0].status == "ok"
