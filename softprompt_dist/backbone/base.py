@@ -185,8 +185,8 @@ class Backbone(nn.Module, ABC):
                 yield name, held
 
     def embed(self, ids_N: Tensor) -> Tensor:
-        """Rows of the embedding table, [N, D] in fp32."""
-        return self.embedding.rows(ids_N)
+        """What the model sees of tokens, [N, D] in fp32: rounded as the activations are."""
+        return self.embedding(ids_N).float()
 
     def release(self) -> None:
         """Drop what a backward pass left gathered."""

@@ -34,14 +34,9 @@ class FrozenEmbedding(nn.Module):
 
     @torch.no_grad()
     def forward(self, ids: Tensor) -> Tensor:
-        """Rows of the tokens `ids` [...]: [..., D] on the device, in the backbone's type."""
-        return self._rows(ids, self._dtype)
+        """Rows of the tokens `ids` [...]: [..., D] on the device, in the backbone's type.
 
-    @torch.no_grad()
-    def rows(self, ids: Tensor) -> Tensor:
-        """As `forward`, in fp32."""
-        return self._rows(ids, torch.float32)
-
-    def _rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        rows = self._table_VD[ids.to(self._table_VD.device)].to(self._device).to(dtype)
+        The same however the table is stored and wherever it lies: rows are rounded to that type.
+        """
+        rows = self._table_VD[ids.to(self._table_VD.device)].to(self._device).to(self._dtype)
         return rows if self._scale == 1 else rows * torch.tensor(self._scale).to(rows)

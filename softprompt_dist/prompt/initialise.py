@@ -42,8 +42,9 @@ def initialise_prompt(  # noqa: PLR0913 - what the initialisers need, between th
 
     Args:
         config: which initialisation, and its settings.
-        embed: ids_N -> rows of the embedding table [N, D]. Called once, or for the uniform ones and
-            `file` not at all; the same on all ranks, because it is a collective under ZeRO-3.
+        embed: ids_N -> rows of the embedding table [N, D], rounded as activations are. Called once,
+            or for the uniform ones and `file` not at all; the same on all ranks, because it is a
+            collective under ZeRO-3.
         vocabulary_size: rows of the embedding table.
         encode: text -> piece ids without special tokens.
         labels: target strings, for `class_labels`.

@@ -70,7 +70,7 @@ def describe_neighbours(
         )
     # Tables are padded beyond the vocabulary; those rows are no pieces.
     num_pieces = min(len(tokenizer), len(embedding.table_VD))
-    table_VD = embedding.rows(torch.arange(num_pieces)).cpu().float()
+    table_VD = embedding(torch.arange(num_pieces)).cpu()
     nearest = nearest_pieces(prompt_PD[:num_rows], table_VD, num_neighbours)
     rows = zip(nearest.ids_PK.tolist(), nearest.cosines_PK.tolist(), strict=True)
     return [

@@ -95,7 +95,11 @@ def test_a_copy_loads_as_its_source_in_that_precision(
     if settings.get("sharding") == "zero3":
         request.getfixturevalue("world_of_one")
     copy = copy_of(source, tmp_path / "copy", precision, *options)
-    assert_same_weights(load(copy, **settings), load(source, **settings))
+    copied = load(copy, **settings)
+    assert_same_weights(copied, load(source, **settings))
+    # With which prompts begin: neither storage nor sharding shows in them.
+    ids, whole = torch.arange(copied.vocabulary_size), {**settings, "sharding": "replicated"}
+    assert torch.equal(copied.embed(ids), load(source, **whole).embed(ids))
     assert len(load_tokenizer(copy)) == len(load_tokenizer(source))
     assert "int8" not in caplog.text
 
