@@ -130,11 +130,10 @@ def _checkpoint(status: RunStatus) -> str:
 
 
 def _spikes(status: RunStatus) -> str:
-    metrics = status.metrics
-    if not metrics.spikes:
+    count, last = status.spikes
+    if not count:
         return ""
-    last = metrics.last_spike_step
-    return f"{metrics.spikes}" + (f", the last at step {last}" if last is not None else "")
+    return f"{count}" + (f", the last at step {last}" if last is not None else "")
 
 
 def _table(found: Sequence[RunStatus]) -> Iterator[str]:

@@ -32,7 +32,7 @@ from softprompt_dist.recipe import to_yaml
 from softprompt_dist.run.directory import RunDirectory
 from softprompt_dist.run.environment import describe_environment
 from softprompt_dist.run.journal import Journal
-from softprompt_dist.run.metrics_file import usual_losses
+from softprompt_dist.run.metrics_file import loss_history
 
 log = logging.getLogger(__name__)
 
@@ -97,8 +97,8 @@ def adapt_stage(
             limit_seconds=config.health.slow_timeout_seconds,
         )
         window = config.health.spike_window
-        losses = ranks.on_main(lambda: usual_losses(directory.metrics, window))
-        vitals = Vitals(attempt, journal.say, losses)
+        losses, spikes = ranks.on_main(lambda: loss_history(directory.metrics, window))
+        vitals = Vitals(attempt, journal.say, losses, spikes)
         with saver, run.batches() as batches:
             records = Records(directory, journal, attempt, vitals, saver)
             loop = AdaptationLoop(run, records)

@@ -6,6 +6,8 @@ import statistics
 from collections import deque
 from collections.abc import Iterable
 
+SPIKE = "loss_spike_sigmas"
+"""Among the metrics of a step whose loss is one."""
 _FEWEST = 16
 """Losses that a standard deviation is taken of."""
 

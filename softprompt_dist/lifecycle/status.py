@@ -84,6 +84,17 @@ class RunStatus:
         return steps if isinstance(steps, int) else None
 
     @property
+    def spikes(self) -> tuple[int, int | None]:
+        """How many losses were flagged, and the step of the last.
+
+        Of all steps, as the run itself has counted; else of the latest.
+        """
+        count, last = self.beat.get("loss_spikes"), self.beat.get("last_loss_spike_step")
+        if isinstance(count, int):
+            return count, last if isinstance(last, int) else None
+        return self.metrics.spikes, self.metrics.last_spike_step
+
+    @property
     def seconds_left(self) -> float | None:
         """At the speed of the latest steps; None for a run that does not go on."""
         pace = self.metrics.seconds_per_step
@@ -107,8 +118,8 @@ class RunStatus:
             "seconds_left": self.seconds_left,
             "doing": beat.get("doing"),
             "straggler": beat.get("straggler"),
-            "loss_spikes": self.metrics.spikes,
-            "last_loss_spike_step": self.metrics.last_spike_step,
+            "loss_spikes": self.spikes[0],
+            "last_loss_spike_step": self.spikes[1],
             "checkpoint": vars(self.checkpoint) if self.checkpoint else None,
             "attempts": self.attempts,
             "job": (self.owner.job if self.owner else beat.get("job")) or None,

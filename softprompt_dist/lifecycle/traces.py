@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import time
 from collections.abc import Mapping
@@ -12,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from softprompt_dist.lifecycle.spikes import SPIKE
+
 _CHECKPOINT = re.compile(r"step-(\d{8,})")
 _MANIFEST = "manifest.json"
 _TAIL_BYTES = 64 * 2**10
-_BLOCK_BYTES = 2**20
 _LONGEST_NUMBER = 20
-_SPIKE = "loss_spike_sigmas"
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class MetricsTrace:
     seconds_per_step: float | None = None
     """Of the latest steps, with all that was done between them."""
     spikes: int = 0
+    """Among the latest steps."""
     last_spike_step: int | None = None
-    """Of those among the latest steps."""
 
 
 def newest_checkpoint(folder: Path) -> CheckpointTrace | None:
@@ -65,25 +66,24 @@ def number_of_attempts(environment: Path) -> int:
 
 
 def tail_of_metrics(path: Path) -> MetricsTrace:
-    """What the end of the file tells; of the rest, how often a loss spike was flagged."""
+    """What the end of the file tells: of how many steps, depends on the metrics of each."""
     try:
         with path.open("rb") as file:
-            spikes = _count(file, f'"{_SPIKE}"'.encode())
-            file.seek(max(0, file.tell() - _TAIL_BYTES))
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
             lines = [_parsed(line) for line in file.read().splitlines()]
     except OSError:
         return MetricsTrace()
     train = [line for line in lines if line.get("kind") == "train" and _has_numbers(line)]
     if not train:
-        return MetricsTrace(spikes=spikes)
+        return MetricsTrace()
     first, last = train[0], train[-1]
     steps = last["step"] - first["step"]
-    flagged = [line["step"] for line in train if _SPIKE in line]
+    flagged = [line["step"] for line in train if SPIKE in line]
     return MetricsTrace(
         step=last["step"],
         loss=last.get("loss"),
         seconds_per_step=(last["time"] - first["time"]) / steps if steps > 0 else None,
-        spikes=spikes,
+        spikes=len(flagged),
         last_spike_step=flagged[-1] if flagged else None,
     )
 
@@ -105,16 +105,6 @@ def _is_whole(folder: Path) -> bool:
         return all((folder / n).stat().st_size == f["bytes"] for n, f in files.items())
     except (OSError, KeyError, TypeError):
         return False
-
-
-def _count(file: Any, word: bytes) -> int:
-    """How often `word` occurs, in blocks; one that lies across two is found in the second."""
-    count, rest = 0, b""
-    while block := file.read(_BLOCK_BYTES):
-        text = rest + block
-        count += text.count(word)
-        rest = text[max(0, len(text) - len(word) + 1) :]
-    return count
 
 
 def _number(text: str) -> int | float:

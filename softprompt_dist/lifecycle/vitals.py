@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from softprompt_dist.lifecycle.attempt import Attempt
-from softprompt_dist.lifecycle.spikes import LossMonitor
+from softprompt_dist.lifecycle.spikes import SPIKE, LossMonitor
 from softprompt_dist.lifecycle.stragglers import Straggler, StragglerMonitor
 
 
 class Vitals:
-    """All ranks make one for a loop; `say` tells people, on rank 0."""
+    """All ranks make one for a loop; `say` tells people, on rank 0.
+
+    `losses` are the latest of the attempts before, `spikes` the steps of those that were flagged.
+    """
 
     def __init__(
-        self, attempt: Attempt, say: Callable[[str], None], losses: Iterable[float] = ()
+        self,
+        attempt: Attempt,
+        say: Callable[[str], None],
+        losses: Iterable[float] = (),
+        spikes: Sequence[int] = (),
     ) -> None:
         health = attempt.health
         self._attempt, self._say = attempt, say
@@ -23,7 +30,8 @@ class Vitals:
         self._named: tuple[int, str] | None = None
         self._is_spiking = False
         self._since = time.monotonic()
-        self._steps = 0
+        self._steps = self._num_spikes = 0
+        self._note_spikes(len(spikes), spikes[-1] if spikes else None)
 
     @property
     def step_limit_seconds(self) -> float:
@@ -48,7 +56,8 @@ class Vitals:
         added = {}
         sigmas = self._losses.observe(metrics["loss"])
         if sigmas is not None:
-            added["loss_spike_sigmas"] = sigmas
+            added[SPIKE] = sigmas
+            self._note_spikes(self._num_spikes + 1, step)
             if not self._is_spiking:  # once, where the loss stays there
                 self._say(
                     f"Step {step}: the loss, {metrics['loss']:.4f}, is {sigmas:.1f} standard "
@@ -62,6 +71,11 @@ class Vitals:
             self._named = None
             self._attempt.note(straggler=None)
         return added
+
+    def _note_spikes(self, count: int, last_step: int | None) -> None:
+        # For `softprompt status`, which would have to read all metrics to count them.
+        self._num_spikes = count
+        self._attempt.note(loss_spikes=count, last_loss_spike_step=last_step)
 
     def _name(self, straggler: Straggler) -> None:
         who = (straggler.rank, straggler.host)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from softprompt_dist.durable import cut_file, replace_file
+from softprompt_dist.lifecycle.spikes import SPIKE
 
 
 class MetricsFile:
@@ -69,10 +70,11 @@ def points(
     return [line["step"] for line in chosen], [line[name] for line in chosen]
 
 
-def usual_losses(path: Path, count: int) -> list[float]:
-    """The latest train losses that were not flagged as spikes."""
-    usual = [line for line in read_metrics(path) if "loss_spike_sigmas" not in line]
-    return points(usual, "train", "loss")[1][-count:]
+def loss_history(path: Path, count: int) -> tuple[list[float], list[int]]:
+    """The latest train losses that were not flagged as spikes, and the steps of all that were."""
+    lines = read_metrics(path)
+    usual = [line for line in lines if SPIKE not in line]
+    return points(usual, "train", "loss")[1][-count:], points(lines, "train", SPIKE)[0]
 
 
 def _text(lines: Iterable[Mapping[str, Any]]) -> str:

@@ -21,7 +21,7 @@ from softprompt_dist.run.directory import RunDirectory
 from softprompt_dist.run.environment import describe_environment
 from softprompt_dist.run.journal import Journal
 from softprompt_dist.run.loop import Records, publish_prompt, tune
-from softprompt_dist.run.metrics_file import usual_losses
+from softprompt_dist.run.metrics_file import loss_history
 from softprompt_dist.run.outcome import record_untuned, report_outcome
 from softprompt_dist.run.saved_state import TuningState, checkpoint_store, restore
 from softprompt_dist.run.tuning import TuningRun, build_tuning_run
@@ -63,8 +63,8 @@ def train(
         directory.record(to_yaml(config), describe_environment(), _data_records(run))
         with Journal(directory, config.steps, start_step=state.step) as journal:
             window = config.health.spike_window
-            losses = ranks.on_main(lambda: usual_losses(directory.metrics, window))
-            vitals = Vitals(attempt, journal.say, losses)
+            losses, spikes = ranks.on_main(lambda: loss_history(directory.metrics, window))
+            vitals = Vitals(attempt, journal.say, losses, spikes)
             _tune(run, state, Records(directory, journal, attempt, vitals))
 
 

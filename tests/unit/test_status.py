@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -13,7 +14,6 @@ from typing import Any
 import pytest
 
 from softprompt_dist import status
-from softprompt_dist.lifecycle import traces
 from softprompt_dist.lifecycle.ownership import Owner
 from softprompt_dist.lifecycle.status import read_status
 from tests.messages import Said, assert_message
@@ -177,13 +177,25 @@ def test_a_checkpoint_that_lacks_bytes_is_damaged(run: Run, asked: Asked) -> Non
     assert "step 400: DAMAGED" in asked(run.path)[1]
 
 
-@pytest.mark.parametrize("block", [1, 7, 64])
-def test_spikes_are_counted_wherever_a_block_ends(
-    run: Run, monkeypatch: pytest.MonkeyPatch, block: int
+def test_spikes_are_counted_by_the_run_and_not_by_reading_all_its_metrics(
+    run: Run, asked: Asked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(traces, "_BLOCK_BYTES", block)
-    run.logs(1, 50, 0.5, spikes=tuple(range(7, 40)))
-    assert traces.tail_of_metrics(run.path / "metrics.jsonl").spikes == 33
+    run.owned_by(OURS).beats().logs(1, 3000, 0.5, spikes=(7, *range(2970, 2990)))
+    metrics, opened, sizes = run.path / "metrics.jsonl", Path.open, list[int]()
+
+    class Counted(io.FileIO):
+        def read(self, size: int | None = -1, /) -> Any:
+            sizes.append(len(content := super().read(size)))
+            return content
+
+    def counting(path: Path, *arguments: Any, **settings: Any) -> Any:
+        return Counted(path) if path == metrics else opened(path, *arguments, **settings)
+
+    monkeypatch.setattr(Path, "open", counting)
+    assert "loss spikes    20, the last at step 2989" in asked(run.path)[1], "of the latest steps"
+    run.beats(loss_spikes=21, last_loss_spike_step=2989)
+    assert "loss spikes    21, the last at step 2989" in asked(run.path)[1]
+    assert 0 < sum(sizes) < metrics.stat().st_size
 
 
 def test_several_runs_are_a_table(tmp_path: Path, asked: Asked) -> None:

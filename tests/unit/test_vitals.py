@@ -61,6 +61,7 @@ def test_the_heart_hears_of_each_step(
 ) -> None:
     now = iter([10.0, 10.5])
     monkeypatch.setattr(module.time, "monotonic", lambda: next(now))
+    attempt.noted.clear()
     vitals.begin_step()
     assert vitals.end_step(7, {"loss": 2.0, "num_tokens": 100}) == {}
     assert attempt.noted == {"step": 7, "loss": 2.0, "tokens_per_second": 200.0}
@@ -95,3 +96,13 @@ def test_a_straggler_is_said_once_and_forgotten_when_it_is_none(
     assert noted == ["rank 3 on node1, 2.5 x", "rank 3 on node1, 2.5 x", None] + noted[:1]
     assert len(said) == 2
     assert "Rank 3 on node1 takes 2.5 times as long as the others, 0.40 s more" in said[0]
+
+
+def test_spikes_of_all_attempts_are_counted(attempt: FakeAttempt, said: list[str]) -> None:
+    usual = [2.0 + 0.1 * (-1) ** step for step in range(32)]
+    vitals = Vitals(attempt, said.append, usual, [3, 9])  # type: ignore[arg-type]
+    assert (attempt.noted["loss_spikes"], attempt.noted["last_loss_spike_step"]) == (2, 9)
+    for step, loss in ((40, 2.0), (41, 9.0), (42, 9.0)):
+        vitals.begin_step()
+        vitals.end_step(step, {"loss": loss, "num_tokens": 1})
+    assert (attempt.noted["loss_spikes"], attempt.noted["last_loss_spike_step"]) == (4, 42)
