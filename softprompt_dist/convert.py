@@ -8,18 +8,14 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from time import monotonic
-from typing import Any
 
 from softprompt_dist import screen
 from softprompt_dist.errors import ConfigError
 from softprompt_dist.parallel.verb import VerbParser, run_verb
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_SECONDS_BETWEEN_LINES = 5.0
 
 
 def build_parser() -> VerbParser:
@@ -96,14 +92,7 @@ def _convert(options: argparse.Namespace) -> None:
     num_bytes = sum(weight.num_bytes for weight in weights)
     source_bytes = sum(file.stat().st_size for file in checkpoint_files(source))
     print(f"{source}: {source_bytes / 1e9:.2f} GB, as {options.precision} {num_bytes / 1e9:.2f} GB")
-    progress = _Bar(num_bytes) if sys.stderr.isatty() else _Lines(num_bytes)
-    write_copy(
-        inventory,
-        weights,
-        options.output,
-        max_shard_bytes=options.max_shard_size,
-        progress=progress,
-    )
+    write_copy(inventory, weights, options.output, max_shard_bytes=options.max_shard_size)
     print(
         f"Written, read back and found equal: {len(weights)} tensors. Use it with\n"
         f"  --set {shlex.quote(f'backbone.path={options.output}')} "
@@ -118,41 +107,6 @@ def _matching_settings(options: argparse.Namespace) -> str:
     if options.quantized_layers:
         settings.append(f"backbone.quantized_layers={options.quantized_layers}")
     return " ".join(f"--set {setting}" for setting in settings)
-
-
-class _Lines:
-    """Progress as a line every few seconds."""
-
-    def __init__(self, num_bytes: int) -> None:
-        self._num_bytes = num_bytes
-        self._done: dict[str, int] = {}
-        self._shown_at = monotonic()
-
-    def __call__(self, action: str, num_bytes: int) -> None:
-        done = self._done[action] = self._done.get(action, 0) + num_bytes
-        if monotonic() - self._shown_at >= _SECONDS_BETWEEN_LINES or done == self._num_bytes:
-            self._shown_at = monotonic()
-            share = done / self._num_bytes
-            print(f"{action} {done / 1e9:.2f} GB  {share:.0%}", flush=True)
-
-
-class _Bar:
-    """Progress as a bar for each action."""
-
-    def __init__(self, num_bytes: int) -> None:
-        self._num_bytes = num_bytes
-        self._bars: dict[str, Any] = {}
-
-    def __call__(self, action: str, num_bytes: int) -> None:
-        from tqdm import tqdm
-
-        if action not in self._bars:
-            total = self._num_bytes
-            self._bars[action] = tqdm(total=total, desc=action, unit="B", unit_scale=True)
-        bar = self._bars[action]
-        bar.update(num_bytes)
-        if bar.n == bar.total:
-            bar.close()
 
 
 def _size(text: str) -> int:

@@ -20,6 +20,7 @@ from softprompt_dist.checks.finding import ChecksFailedError, Finding, table, ve
 from softprompt_dist.checks.software import check_bitsandbytes, check_python, check_versions
 from softprompt_dist.errors import SoftpromptError
 from softprompt_dist.parallel.verb import VerbParser, launched_rank, run_verb
+from softprompt_dist.progress import phase
 
 if TYPE_CHECKING:
     from softprompt_dist.checks.job import Job
@@ -71,8 +72,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     world = world_to_check(options.ranks, os.environ)
     _show(findings)
     if world.looks_at_machine:
-        for group in (machine_findings, disk_findings, job_findings):
-            found = group(job, world)
+        groups = {
+            "this machine": machine_findings,
+            "its disks": disk_findings,
+            "files, weights and memory of the job": job_findings,
+        }
+        for what, group in groups.items():
+            with phase(f"checking {what}"):
+                found = group(job, world)
             _show(found)
             findings += found
     if world.size > 1 and not world.launched:
@@ -148,9 +155,10 @@ def job_findings(job: Job, world: World) -> list[Finding]:
 def _between_own_ranks(options: argparse.Namespace, world: World) -> list[Finding]:
     from softprompt_dist.checks.local_ranks import check_local_communication
 
-    found = check_local_communication(
-        world.size, timeout_seconds=options.timeout, debug=options.debug
-    )
+    with phase(f"starting {world.size} ranks and having them talk"):
+        found = check_local_communication(
+            world.size, timeout_seconds=options.timeout, debug=options.debug
+        )
     _show(found)
     return found
 
@@ -165,7 +173,7 @@ def _between_all_ranks(
     from softprompt_dist.parallel.join import leave_world
 
     try:
-        with answer_within(options.timeout):
+        with answer_within(options.timeout), phase("having the ranks talk"):
             found = check_communication(debug=options.debug)
             found += check_nodes(job.run_directory)
             nodes = ranks.gather_objects((socket.gethostname(), findings))

@@ -41,6 +41,7 @@ class Phase:
         self.bar: Any = None
         # Another library may have its own in place of this one for a while.
         self.stream = sys.stderr
+        self.is_on_terminal = _is_terminal(self.stream)
 
     def advance(self, amount: float = 1, note: str = "") -> None:
         """So many units more are done; `note` says what else there is to say."""
@@ -133,7 +134,7 @@ class _Speaker:
             if not told.is_open:
                 return
             is_silent = monotonic() - self._spoke_at >= patience_seconds
-            if _is_terminal(told.stream):
+            if told.is_on_terminal:
                 if is_silent or told.total is not None:
                     self._spoke_at = monotonic()
                     _move_bar(told, redraw=is_silent)

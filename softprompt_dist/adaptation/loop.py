@@ -18,10 +18,12 @@ from softprompt_dist.backbone.architecture import architecture_of
 from softprompt_dist.data.lm.stream import BatchStream
 from softprompt_dist.errors import BackboneError, NonFiniteLossError, StoppedError
 from softprompt_dist.lifecycle.attempt import Attempt
+from softprompt_dist.lifecycle.spikes import SPIKE
 from softprompt_dist.lifecycle.vitals import Vitals
 from softprompt_dist.lifecycle.watchdog import doing, tick
 from softprompt_dist.parallel import ranks
 from softprompt_dist.planning.work import training_operations
+from softprompt_dist.progress import phase
 from softprompt_dist.run.checkpoint_folder import outcome_of_saving
 from softprompt_dist.run.directory import RunDirectory
 from softprompt_dist.run.journal import Journal
@@ -47,7 +49,8 @@ class AdaptationLoop:
         self.saver = records.saver
         self.measured: tuple[int, dict[str, float]] = (-1, {})
         """Step and values of the latest measurement of this attempt."""
-        peak, operations = find_peak(_dtype(self.config)), _operations(run)
+        with phase("measuring what this machine can do"):
+            peak, operations = find_peak(_dtype(self.config)), _operations(run)
         self.throughput = None if operations is None else Throughput(operations, peak)
         self.journal.say(_headline(run, peak))
 
@@ -104,10 +107,12 @@ class AdaptationLoop:
         return self.run.step % every_steps == 0 or self.run.step == self.config.steps
 
     def _log(self, metrics: dict[str, float]) -> None:
-        if self._is_due(self.config.log_every_steps) or "loss_spike_sigmas" in metrics:
+        if self._is_due(self.config.log_every_steps) or SPIKE in metrics:
             left = self.config.steps - self.run.step
             speed = self.throughput.read(left) if self.throughput else {}
             self.journal.log(self.run.step, metrics | speed)
+        else:
+            self.journal.passed(self.run.step)
 
     def _update(self, batches: BatchStream) -> dict[str, float]:
         run, vitals = self.run, self.records.vitals

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from softprompt_dist.data.lm.rows import RowBatch
 from softprompt_dist.parallel import ranks
+from softprompt_dist.progress import counted
 
 
 class MeasuredModel(Protocol):
@@ -111,6 +112,6 @@ def _in_step(
     if min(lengths) == 0:
         spare = next(s for s in ranks.gather_objects(spare) if s is not None)
     assert spare is not None
-    for number in range(max(lengths)):
+    for number in counted(range(max(lengths)), "measuring", "batches"):
         between()
         yield (batches[number], True) if number < len(batches) else (spare, False)

@@ -39,6 +39,7 @@ from softprompt_dist.config import BackboneConfig
 from softprompt_dist.data.lm.special_ids import SpecialIds
 from softprompt_dist.errors import BackboneError, ConfigError
 from softprompt_dist.parallel import ranks
+from softprompt_dist.progress import phase
 
 HISTORY = "adaptation.json"
 """In an exported folder: the stages that it went through."""
@@ -75,7 +76,8 @@ class Source:
             BackboneError: on all ranks; the checkpoint is damaged, incomplete or of another shape.
         """
         if self.folder is None:
-            _copy_into(layout, initial_weights(self.hf_config, self.seed))
+            with phase("making the weights"):
+                _copy_into(layout, initial_weights(self.hf_config, self.seed))
             return
         folder = self.folder
         names = ranks.together(lambda: _stored_names(folder, layout, self.hf_config))

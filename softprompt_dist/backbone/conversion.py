@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,7 @@ from softprompt_dist.backbone.safetensors_file import (
 )
 from softprompt_dist.durable import new_folder, write_file
 from softprompt_dist.errors import BackboneError, ConfigError, MachineError
-
-Progress = Callable[[str, int], None]
-"""Takes what is being done ("writing" or "checking") and for how many bytes more it is done."""
+from softprompt_dist.progress import phase
 
 _CONFIG = "config.json"
 _BESIDE_WEIGHTS = ("*.json", "*.jinja", "*.model", "*.txt", "vocab.*", "LICENSE*", "NOTICE*")
@@ -139,7 +137,6 @@ def write_copy(
     output: Path,
     *,
     max_shard_bytes: int,
-    progress: Progress,
 ) -> None:
     """Write the folder `output`: whole, flushed to the disk and compared with its source, or not.
 
@@ -150,8 +147,8 @@ def write_copy(
     try:
         _check_room(inventory.reader.folder, weights, output)
         with new_folder(output) as folder:
-            _write_weights(inventory, weights, folder, max_shard_bytes, progress)
-            _compare(inventory, weights, folder, progress)
+            _write_weights(inventory, weights, folder, max_shard_bytes)
+            _compare(inventory, weights, folder)
             _copy_the_rest(inventory.reader.folder, weights, folder)
     except OSError as error:
         place = f" ({error.filename})" if error.filename else ""
@@ -171,8 +168,12 @@ def _is_the_embedding(inventory: Inventory, name: str) -> bool:
     return inventory.reader.are_equal(source, table)
 
 
+def _num_bytes(weights: list[StoredWeight]) -> int:
+    return sum(weight.num_bytes for weight in weights)
+
+
 def _check_room(source: Path, weights: list[StoredWeight], output: Path) -> None:
-    needed = sum(weight.num_bytes for weight in weights) + _ROOM_TO_SPARE
+    needed = _num_bytes(weights) + _ROOM_TO_SPARE
     needed += sum(file.stat().st_size for file in _files_beside_weights(source))
     disk = next(folder for folder in output.absolute().parents if folder.is_dir())
     free = shutil.disk_usage(disk).free
@@ -188,36 +189,35 @@ def _write_weights(
     weights: list[StoredWeight],
     folder: Path,
     max_shard_bytes: int,
-    progress: Progress,
 ) -> None:
     reader = inventory.reader
     metadata = {"format": "pt", IDENTITY_KEY: fingerprint(reader, inventory.stored)}
     shards = in_shards(weights, max_shard_bytes)
     entries = {name: [e for w in shard for e in w.entries] for name, shard in shards.items()}
-    for name, shard in shards.items():
-        with SafetensorsWriter(folder / name, entries[name], metadata) as file:
-            for weight in shard:
-                for rows in weight.row_ranges():
-                    encoded = encoded_rows(reader, weight.source, weight.format, rows)
-                    weight.write_rows(file, rows.start, encoded)
-                    progress("writing", encoded.numel())
+    with phase("writing", _num_bytes(weights), "B") as told:
+        for name, shard in shards.items():
+            with SafetensorsWriter(folder / name, entries[name], metadata) as file:
+                for weight in shard:
+                    for rows in weight.row_ranges():
+                        encoded = encoded_rows(reader, weight.source, weight.format, rows)
+                        weight.write_rows(file, rows.start, encoded)
+                        told.advance(encoded.numel())
     if len(shards) > 1:
         write_file(folder / f"model.safetensors{_INDEX_SUFFIX}", index_of_shards(entries))
 
 
-def _compare(
-    inventory: Inventory, weights: list[StoredWeight], folder: Path, progress: Progress
-) -> None:
+def _compare(inventory: Inventory, weights: list[StoredWeight], folder: Path) -> None:
     copy = take_inventory(inventory.skeleton, CheckpointReader(folder), inventory.config)
     differing = []
-    for weight in weights:
-        for rows in weight.row_ranges():
-            expected = encoded_rows(inventory.reader, weight.source, weight.format, rows)
-            found = encoded_rows(copy.reader, copy.stored[weight.name], weight.format, rows)
-            if not torch.equal(expected, found):
-                differing.append(weight.name)
-                break
-            progress("checking", expected.numel())
+    with phase("checking", _num_bytes(weights), "B") as told:
+        for weight in weights:
+            for rows in weight.row_ranges():
+                expected = encoded_rows(inventory.reader, weight.source, weight.format, rows)
+                found = encoded_rows(copy.reader, copy.stored[weight.name], weight.format, rows)
+                told.advance(expected.numel())
+                if not torch.equal(expected, found):
+                    differing.append(weight.name)
+                    break
     copy.reader.close()
     if differing:
         raise BackboneError(

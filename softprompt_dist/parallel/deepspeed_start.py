@@ -16,6 +16,7 @@ from softprompt_dist.parallel import ranks
 from softprompt_dist.parallel.extensions import check_extension_can_be_had, choose_extensions_folder
 from softprompt_dist.parallel.join import DEEPSPEED_LOGGER, local_world_size, on_leaving
 from softprompt_dist.private_names import assert_known
+from softprompt_dist.progress import phase
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,10 @@ def start_deepspeed() -> None:
     logger = logging.getLogger(DEEPSPEED_LOGGER)
     hushed = logger.level == logging.WARNING
     try:
-        with _quiet() if hushed else contextlib.nullcontext():
+        with (
+            _quiet() if hushed else contextlib.nullcontext(),
+            phase("starting DeepSpeed, which builds its extension where there is none"),
+        ):
             import deepspeed
 
             logger.setLevel(logging.WARNING if hushed else logging.INFO)
@@ -55,7 +59,9 @@ def start_deepspeed() -> None:
 def _expect_extension() -> None:
     several_nodes = local_world_size(os.environ) < ranks.world_size()
     folder = choose_extensions_folder()
-    if not check_extension_can_be_had(folder, several_nodes=several_nodes) and ranks.is_main():
+    with phase("waiting for another process to build DeepSpeed's extension"):
+        is_built = check_extension_can_be_had(folder, several_nodes=several_nodes)
+    if not is_built and ranks.is_main():
         log.warning("Compiling DeepSpeed's CPU communication, once: about a minute.")
 
 

@@ -19,6 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 from softprompt_dist.errors import MachineError
 from softprompt_dist.parallel import ranks, stop
 from softprompt_dist.parallel.meeting import Newcomer, agree, job_nonce
+from softprompt_dist.progress import phase
 
 DEEPSPEED_LOGGER = "DeepSpeed"
 _LONGEST_WAIT = timedelta(hours=2)
@@ -52,7 +53,8 @@ def join_world(*, debug: bool = False, limit_seconds: float | None = None) -> No
     limit = _LONGEST_WAIT.total_seconds() if limit_seconds is None else limit_seconds
     ranks.let_groups_wait(limit)
     late = f"Rank {ranks.rank()} has waited {limit:g} s for the others at {_place()}. {_MEETING}"
-    with stop.ends_while_waiting(limit, f"{late} If they are slow, raise {_LIMIT}."):
+    giving_up = f"{late} If they are slow, raise {_LIMIT}."
+    with phase("meeting the other ranks"), stop.ends_while_waiting(limit, giving_up):
         _meet()
     stop.end_here_if_asked("the ranks met")
 

@@ -108,8 +108,9 @@ class Bar:
             self._bar = tqdm(
                 total=self._total_steps, initial=step, unit="step", dynamic_ncols=True, leave=True
             )
-        shown = self._shown or dict.fromkeys(list(metrics)[:1], _NUMBER)
-        self._bar.set_postfix_str(_format(metrics, shown) + self._scores, refresh=False)
+        if metrics:
+            shown = self._shown or dict.fromkeys(list(metrics)[:1], _NUMBER)
+            self._bar.set_postfix_str(_format(metrics, shown) + self._scores, refresh=False)
         self._bar.update(step - self._bar.n)
         spoke()
 

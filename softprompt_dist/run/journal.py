@@ -72,6 +72,10 @@ class Journal:
         self._add_events(step, kind, values)
         self._display.show(step, kind, values)
 
+    def passed(self, step: int) -> None:
+        """Show how far the run is after a train step that is not recorded."""
+        self._display.show(step, TRAIN, {})
+
     def say(self, text: str) -> None:
         """Print `text` for the person who watches; the progress bar stays whole."""
         self._display.say(text)

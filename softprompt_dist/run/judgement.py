@@ -13,6 +13,7 @@ from softprompt_dist.identity import Identity
 from softprompt_dist.metrics.answer import Answer
 from softprompt_dist.metrics.results import PromptSource
 from softprompt_dist.metrics.scores import Scores, compare, measure
+from softprompt_dist.progress import counted, phase
 from softprompt_dist.run.report import verdict
 
 FLOORS = ("majority class", "naive Bayes")
@@ -64,7 +65,8 @@ def floor_predictions(task: TaskData, examples: Sequence[Example]) -> dict[str, 
         return {}
     floors = {FLOORS[0]: majority_class(task, examples)}
     if task.labels:
-        floors[FLOORS[1]] = naive_bayes(task, examples)
+        with phase("naive Bayes"):
+            floors[FLOORS[1]] = naive_bayes(task, examples)
     return floors
 
 
@@ -88,13 +90,15 @@ def judge(evaluation: Evaluation) -> Judgement:
         name: answers_to(evaluation.examples, predictions)
         for name, predictions in evaluation.others.items()
     }
+    answered = {**others, evaluation.subject: judged}
     scores = {
-        name: measure(names, answers, labels)
-        for name, answers in {**others, evaluation.subject: judged}.items()
+        name: measure(names, answered[name], labels)
+        for name in counted(answered, "bootstrap intervals", "scores")
     }
     subject = (evaluation.subject, scores[evaluation.subject].score)
     intervals = {
-        name: compare(names, judged, answers, labels).interval for name, answers in others.items()
+        name: compare(names, judged, others[name], labels).interval
+        for name in counted(others, "comparing scores", "scores")
     }
     verdicts = tuple(
         verdict(subject, (name, scores[name].score), interval)

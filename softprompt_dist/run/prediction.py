@@ -79,8 +79,9 @@ def _answer_all(
     ranks.on_main(lambda: desk.begin(bench.identity))
     limit, first_limit = config.health.step_timeout_seconds, config.health.slow_timeout_seconds
     while blocks is not None:
+        what = desk.doing if ranks.is_main() else ""
         with doing("predicting", limit, first_seconds=first_limit):
-            predictions = bench.scorer.predict_blocks(prompt, blocks, rule)
+            predictions = bench.scorer.predict_blocks(prompt, blocks, rule, what)
         first_limit = limit
         ranks.on_main(partial(desk.write, predictions, rule.labels.texts))
         blocks = ranks.on_main(lambda: desk.next_blocks(encode))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +33,6 @@ log = logging.getLogger(__name__)
 
 DEFAULT_WINDOW = 8 * BLOCK_ROWS
 _NUM_SHOWN = 5
-_SECONDS_BETWEEN_LINES = 10.0
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,6 @@ class PredictionDesk:
         self._input_file: os.stat_result
         self._settings: dict[str, Any]
         self._window: Window
-        self._last_said = time.monotonic()
 
     def open(self) -> bool:
         """Find where to begin. Whether nothing is left to do.
@@ -121,6 +118,12 @@ class PredictionDesk:
         self._check_rows()
         return self._window.blocks
 
+    @property
+    def doing(self) -> str:
+        """What people are told while the window is answered."""
+        rows = self._window.rows
+        return f"answering rows {rows[0].number} to {rows[-1].number}"
+
     def write(self, predictions: Sequence[Prediction], labels: Sequence[str]) -> None:
         """Add the lines of the window.
 
@@ -144,9 +147,6 @@ class PredictionDesk:
         )
         lines = "".join(prediction_lines(window.rows, predictions, labels)).encode()
         self.output.append(lines, window.sha256, totals)
-        if time.monotonic() - self._last_said >= _SECONDS_BETWEEN_LINES:
-            self._last_said = time.monotonic()
-            _say(f"{totals.rows} rows, {totals.predictions} predictions")
 
     def finish(self) -> None:
         """Note that all is done, and say what there is to say of it."""

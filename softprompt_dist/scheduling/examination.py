@@ -9,6 +9,7 @@ from pathlib import Path
 
 from softprompt_dist.checks.finding import Finding
 from softprompt_dist.outcome_files import OutcomeFiles
+from softprompt_dist.progress import counted, phase
 from softprompt_dist.scheduling import capacity_checks, programs
 from softprompt_dist.scheduling.batch_job import BatchJob, job_environment
 from softprompt_dist.scheduling.file_checks import check_stage_files
@@ -40,12 +41,14 @@ def examine(pipeline: Pipeline) -> Examination:
     Raises:
         ConfigError: a batch script is missing.
     """
-    recipes = check_recipes(pipeline)
+    with phase("checking the recipes"):
+        recipes = check_recipes(pipeline)
     if not recipes.are_right:
         return Examination((), tuple(recipes.findings))
     jobs = jobs_of(pipeline, recipes.stages)
-    findings = [*recipes.findings, *check_stage_files(pipeline.config, recipes)]
-    for job in jobs:
+    with phase("checking the files"):
+        findings = [*recipes.findings, *check_stage_files(pipeline.config, recipes)]
+    for job in counted(jobs, "checking memory and time", "jobs"):
         findings += [
             *_capacity(pipeline, job, recipes),
             *capacity_checks.check_warning(job),
@@ -88,7 +91,7 @@ def check_sbatch(
         remedy = "Submit from a login node of the cluster, or load its Slurm module first."
         return [Finding("sbatch", "fail", "it is not on PATH", remedy)]
     findings = []
-    for state in states:
+    for state in counted(states, "asking sbatch", "jobs"):
         if state.to_submit:
             command = state.job.command(state.to_submit, test_only=True)
             environment = job_environment(environ, state.job.environment)

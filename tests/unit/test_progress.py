@@ -11,10 +11,14 @@ from typing import Any
 
 import pytest
 
-from softprompt_dist import progress
+from softprompt_dist import convert, corpus, evaluate, predict, progress
+from softprompt_dist.adaptation import session as adapt_session
 from softprompt_dist.config import TuneConfig
+from softprompt_dist.data.lm import text_sources
 from softprompt_dist.recipe import load_recipe
 from softprompt_dist.run import session
+from tests import adaptations, corpora, runs
+from tests.prompts import save_untuned
 
 LINE = re.compile(r"(?P<what>.+): (?P<done>[\d.]+)(?:/(?P<total>[\d.]+))? ?\w*, .+ (left|so far)")
 
@@ -174,3 +178,46 @@ def test_train_tells_of_all_that_it_does(slow: Screen, tiny_recipe: Path, tmp_pa
         "scoring the tuned prompt, foods test",
     )
     assert any(line.startswith("reading the train split: ") for line in slow.lines)
+
+
+def test_evaluate_and_predict_tell_how_many_rows_are_answered(
+    slow: Screen, lively_t5: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    prompt = save_untuned(tmp_path, runs.tiny_recipe(lively_t5, tiny_data))
+    evaluate.main(["--prompt", str(prompt)])
+    assert_told(slow, "scoring the prompt, foods test", "bootstrap intervals")
+    rows = ["--input", str(tiny_data / "test.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+    predict.main(["--prompt", str(prompt), *rows])
+    assert_told(slow, "loading weights", "answering rows 1 to 21")
+
+
+def test_convert_tells_how_many_bytes_are_written_and_checked(
+    slow: Screen, tiny_t5: Path, tmp_path: Path
+) -> None:
+    options = ["--output", str(tmp_path / "copy"), "--precision", "bf16"]
+    convert.main(["--backbone", str(tiny_t5), *options])
+    assert_told(slow, "writing", "checking")
+
+
+def test_corpus_tells_how_much_text_is_tokenised(
+    slow: Screen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_sources, "BATCH_BYTES", 200)
+    text = corpora.write_lines(tmp_path / "a.txt", corpora.LINES * 9)
+    folder, tokenizer = str(tmp_path / "corpus"), ["--tokenizer", str(corpora.TINY_T5)]
+    options = ["--workers", "1", "--shard-tokens", "200"]
+    corpus.main(["build", folder, str(text), *tokenizer, *options])
+    corpus.main(["verify", folder])
+    assert_told(slow, "tokenising", "checksums of corpus")
+    assert re.search(r"tokenising: [\d.]+/[\d.]+ kB, 0.0M tokens, .* left", "\n".join(slow.lines))
+
+
+@pytest.mark.usefixtures("world_of_adaptations")
+def test_adapt_tells_of_all_that_it_does(slow: Screen, tmp_path: Path) -> None:
+    text = tmp_path / "validation.txt"
+    text.write_text("\n".join(adaptations.LINES))
+    evaluation = {"max_examples": 40, "every_steps": 2}
+    changes: Any = {"validation_corpus": [str(text)], "evaluation": evaluation}
+    config = adaptations.config_of(tmp_path, **changes)
+    adapt_session.adapt(config)
+    assert_told(slow, "measuring")

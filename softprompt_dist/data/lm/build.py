@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,11 +27,11 @@ from softprompt_dist.data.lm.manifest import (
     write_manifest,
 )
 from softprompt_dist.data.lm.progress import PROGRESS, Cursor, ProgressFile, hold
-from softprompt_dist.data.lm.progress_bar import ProgressBar
 from softprompt_dist.data.lm.shard_sequence import ShardSequence
 from softprompt_dist.data.lm.text_sources import TextSource
 from softprompt_dist.durable import flush_folder
 from softprompt_dist.errors import DataError, MachineError
+from softprompt_dist.progress import counted, phase
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -171,15 +171,20 @@ class _Build:
     def _encode_all(self, shards: ShardSequence, cursor: Cursor) -> None:
         rows = self._rows_from(cursor)
         workers = self._request.workers or usable_cores()
+        starts = _starts(self._request.sources)
+        total, before = (None, 0) if starts is None else (starts[-1], starts[cursor.source])
         with (
             encoding_in_order(rows, self._spec, workers) as encoded,
-            closing(ProgressBar(self._request.sources, cursor.source)) as bar,
+            phase("tokenising", total, "B", before) as told,
         ):
             for batch in encoded:
                 if batch.bad_rows and not self._request.skip_bad:
                     raise DataError(self._bad_row(batch))
                 shards.add(batch)
-                bar.show(batch, shards.num_tokens)
+                more = int(batch.num_bytes.sum())
+                if starts is not None:
+                    more = max(0, starts[batch.source] + batch.position - int(told.done))
+                told.advance(more, f"{shards.num_tokens / 1e6:.1f}M tokens")
 
     def _rows_from(self, cursor: Cursor) -> Iterator[RawRows]:
         for number, source in enumerate(self._request.sources):
@@ -239,12 +244,21 @@ class _Build:
         flush_folder(folder)
 
 
+def _starts(sources: Sequence[TextSource]) -> list[int] | None:
+    """Bytes before each source, and in all; None where not all sizes are known."""
+    sizes = [source.num_bytes for source in sources]
+    if None in sizes:
+        return None
+    return [sum(size or 0 for size in sizes[:number]) for number in range(len(sizes) + 1)]
+
+
 def _source_records(sources: Sequence[TextSource]) -> tuple[SourceRecord, ...]:
     with ThreadPoolExecutor(usable_cores()) as pool:
         found = pool.map(lambda source: source.record(), sources)
+        told = counted(sources, "checksums of the sources", "files")
         return tuple(
             SourceRecord(name=source.name, **record)
-            for source, record in zip(sources, found, strict=True)
+            for source, record in zip(told, found, strict=True)
         )
 
 

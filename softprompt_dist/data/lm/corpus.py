@@ -23,6 +23,7 @@ from softprompt_dist.data.lm.text_sources import FileSource, file_source
 from softprompt_dist.data.lm.token_source import TokenSource
 from softprompt_dist.durable import new_folder
 from softprompt_dist.errors import DataError
+from softprompt_dist.progress import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,7 +59,8 @@ class BuiltCorpus(ConcatenatedTokens):
         Raises:
             DataError: one differs.
         """
-        for shard in self._shards[part::num_parts]:
+        shards = self._shards[part::num_parts]
+        for shard in counted(shards, f"checksums of {self.folder.name}", "shards"):
             shard.check_content()
 
 
