@@ -117,7 +117,7 @@ def _adapt(
             attempt.note(stage=config.name)
             # A run that has begun may not have come to its later stages yet.
             must_resume = options.resume and number == 0
-            adapt_stage(config, ds_config, attempt, must_resume=must_resume)
+            adapt_stage(config, ds_config, attempt, must_resume=must_resume, force=options.force)
             attempt.steps_before += config.steps
             gc.collect()
         attempt.finish(0)
@@ -130,7 +130,7 @@ def _export(stage: AdaptConfig, options: argparse.Namespace) -> None:
 
     config, ds_config = _with_ds_config(stage, options)
     with watched(Path(str(config.run_directory)) / "stacks", config.health):
-        export_newest(config, ds_config, options.export)
+        export_newest(config, ds_config, options.export, force=options.force)
 
 
 def _with_ds_config(

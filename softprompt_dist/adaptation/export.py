@@ -8,17 +8,17 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from softprompt_dist.adaptation.model_card import model_card
+from softprompt_dist.adaptation.model_card import EXPORTED, model_card
 from softprompt_dist.adaptation.sharded_files import WeightFormat, num_bytes_of, write_tensors
 from softprompt_dist.adaptation.sharded_tensor import ShardedTensor
-from softprompt_dist.adaptation.source import HISTORY
+from softprompt_dist.adaptation.source import HISTORY, identity_in
 from softprompt_dist.backbone.t5_v11 import DROPOUT_RATE
 from softprompt_dist.durable import explained, flush_files, free_bytes, new_folder
 from softprompt_dist.errors import ConfigError, MachineError
@@ -170,9 +170,12 @@ def _write_rest(
         content = (model.source / _GENERATION_CONFIG).read_bytes()
         (folder / _GENERATION_CONFIG).write_bytes(content)
     _write_tokenizer(folder, model.tokenizer)
-    card = model_card(model.name, num_parameters, model.hf_config.model_type, model.stages)
+    identity = replace(identity_in(folder, model.tokenizer), path=model.name)
+    *earlier, last = model.stages
+    stages = [*earlier, {**last, EXPORTED: asdict(identity)}]
+    card = model_card(model.name, num_parameters, model.hf_config.model_type, stages)
     (folder / "README.md").write_text(card, encoding="utf-8")
-    (folder / HISTORY).write_bytes(_json(list(model.stages)))
+    (folder / HISTORY).write_bytes(_json(stages))
     flush_files(folder)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -92,6 +93,7 @@ def export_run(
         corpus_fingerprint=run.corpus_fingerprint,
         recipe=config.model_dump(mode="json"),
         identity=_identity(run),
+        source=asdict(run.identity),
     )
     model = ExportedModel(
         name=config.name,
@@ -117,4 +119,5 @@ def _targets(folder: Path, config: AdaptConfig) -> Iterator[tuple[Path, torch.dt
 
 
 def _identity(run: AdaptationRun) -> str:
-    return identity_of(decisive_settings(run), run.source.history)
+    source = {"weights": run.identity.weights, "tokenizer": run.identity.tokenizer}
+    return identity_of(decisive_settings(run) | {"source": source}, run.source.history)

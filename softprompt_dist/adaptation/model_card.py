@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from softprompt_dist.redaction import redact_command
 
 SAID_OF_STAGES = ("name", "objective", "steps", "tokens", "seconds", "corpus", "command")
 """What a card says of each stage, whichever release wrote of it."""
+EXPORTED = "exported"
+"""In the last stage of an exported folder: the identity of what lies beside it."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Stage:
     """The whole of it."""
     identity: str
     """`identity_of` what decided the weights, but for the number of steps."""
+    source: dict[str, Any] = field(default_factory=dict)
+    """The identity of what it started from, as JSON."""
 
     def to_json(self) -> dict[str, Any]:
         """The entry of adaptation.json; no folder of this machine is in it."""
@@ -69,12 +73,23 @@ def model_card(
         "`softprompt adapt`. All of its weights are trained; use it as a backbone of "
         "`softprompt train`, or in transformers.",
         _stage_table(stages),
+        *_identity(last.get(EXPORTED)),
         "## Validation\n\n" + _validation(last.get("validation", {})),
         "## Corpus\n\n" + "\n".join(map(_corpus, stages)),
         "## Commands\n\n```\n" + "\n".join(stage["command"] for stage in stages) + "\n```",
         f"## Recipe of {last['name']}\n\n```yaml\n{_yaml(last.get('recipe', {}))}```",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _identity(exported: Mapping[str, Any] | None) -> list[str]:
+    if exported is None:
+        return []
+    weights, vocabulary = exported["weights"], exported["tokenizer"]["vocabulary"]
+    return [
+        f"A prompt that was tuned on it has in its identity the weights `{weights}` and the "
+        f"vocabulary `{vocabulary}`."
+    ]
 
 
 def _stage_table(stages: Sequence[Mapping[str, Any]]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from softprompt_dist.adapt_config import AdaptConfig
@@ -14,7 +14,7 @@ from softprompt_dist.adaptation.learning_rate import learning_rate_at
 from softprompt_dist.adaptation.measures import measure, own_share
 from softprompt_dist.adaptation.saving import RunState
 from softprompt_dist.adaptation.sharded_tensor import ShardedTensor
-from softprompt_dist.adaptation.source import Source, find_source
+from softprompt_dist.adaptation.source import Source, check_history, find_source
 from softprompt_dist.adaptation.verification import check_forms
 from softprompt_dist.cache import cache_directory
 from softprompt_dist.data.lm.corpus import open_corpus, verify_folders
@@ -30,6 +30,7 @@ from softprompt_dist.errors import (
     DataError,
     NonFiniteLossError,
 )
+from softprompt_dist.identity import Identity, check_same_backbone
 from softprompt_dist.lifecycle.watchdog import tick
 from softprompt_dist.parallel import polling, ranks, stop
 from softprompt_dist.run.random_state import (
@@ -50,7 +51,7 @@ FREE_TO_CHANGE: dict[str, Any] = {
     "batch": {"micro_batch_size"},
 }
 """Settings that a resumed run may have differently: none changes what is learned, the end of the
-schedule aside, or the corpus' fingerprint decides."""
+schedule aside, or the corpus' fingerprint decides, or the identity of what is started from."""
 
 
 @dataclass
@@ -59,6 +60,8 @@ class AdaptationRun:
 
     config: AdaptConfig
     source: Source
+    identity: Identity
+    """Of what it starts from."""
     engine: AdaptationEngine
     data: LMData
     validation: dict[str, list[RowBatch]]
@@ -128,8 +131,12 @@ class AdaptationRun:
         return measured
 
 
-def build_run(config: AdaptConfig, ds_config: dict[str, Any] | None) -> AdaptationRun:
+def build_run(
+    config: AdaptConfig, ds_config: dict[str, Any] | None, *, force: bool = False
+) -> AdaptationRun:
     """All ranks: everything a recipe needs, but for the weights, which `fill` or `restore` reads.
+
+    `force`: though the source is no longer what its adaptation.json tells of, with a warning.
 
     Raises:
         ConfigError: the recipe leaves out what its `init` needs, its lengths do not suit its
@@ -140,6 +147,8 @@ def build_run(config: AdaptConfig, ds_config: dict[str, Any] | None) -> Adaptati
     """
     check_world(config, ranks.world_size())
     source = find_source(config)
+    identity = ranks.on_main(source.identity)
+    ranks.on_main(lambda: check_history(source, identity, config, force=force))
     stop.end_here_if_asked("looking at the model")
     special = ranks.together(
         lambda: SpecialIds.of(source.tokenizer, config.objective, source.hf_config)
@@ -157,6 +166,7 @@ def build_run(config: AdaptConfig, ds_config: dict[str, Any] | None) -> Adaptati
     return AdaptationRun(
         config=config,
         source=source,
+        identity=identity,
         engine=AdaptationEngine(as_read, hf_config, ds_config),
         data=data,
         validation=validation,
@@ -183,17 +193,21 @@ def state_of(run: AdaptationRun) -> RunState:
         "num_updates": run.engine.optimizer.num_updates,
         "measured_step": run.measured_step,
         "decisive": decisive_settings(run),
+        "source": asdict(run.identity),
+        "lineage": run.source.lineage(),
     }
     small = run.engine.optimizer.small_state()
     return RunState(run.step, _state_tensors(run), small, values, random_state())
 
 
-def restore(run: AdaptationRun, found: FoundCheckpoint) -> None:
+def restore(run: AdaptationRun, found: FoundCheckpoint, *, force: bool = False) -> None:
     """All ranks: continue from a checkpoint, whatever ranks or ZeRO stage saved it.
 
     Raises:
-        CheckpointError: it belongs to another recipe or corpus.
+        CheckpointError: it belongs to another recipe or corpus; or it began with another model, and
+            not `force`.
     """
+    ranks.on_main(lambda: _check_source(run, found, force=force))
     ranks.together(lambda: _check_belongs(run, found))
     optimizer = run.engine.optimizer
     found.read_into(_state_tensors(run))
@@ -236,6 +250,31 @@ def _check_belongs(run: AdaptationRun, found: FoundCheckpoint) -> None:
             f"{'; '.join(different)}. Use the saved values, another --run-dir, or "
             "--fresh to set the old run aside."
         )
+
+
+def _check_source(run: AdaptationRun, found: FoundCheckpoint, *, force: bool) -> None:
+    """Config, tokenizer and history are the source's; they must be those of the weights saved."""
+    checkpoint = f"The checkpoint of step {found.step}"
+    try:
+        # Release 0.1.0 saved nothing of it.
+        there = Identity.from_json(found.state.get("source", {"path": "", "weights": ""}))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{checkpoint} is whole, but its {error}. Resume another one, or pass --fresh to set "
+            "it aside."
+        ) from error
+    belongs, refusal = f"{checkpoint} began with", CheckpointError
+    check_same_backbone(there, run.identity, belongs, error=refusal, force=force)
+    then, now = found.state.get("lineage"), run.source.lineage()
+    if then is None or then == now:
+        return
+    message = (
+        f"{checkpoint} began with a model of other stages: {then!r:.500} there, {now!r:.500} here "
+        "(adaptation.json). "
+    )
+    if not force:
+        raise CheckpointError(f"{message}Use that model, or accept this one with --force.")
+    log.warning("%sIts export will tell of the latter, as forced.", message)
 
 
 def _open(specs: list[str], source: Source, *, verify: bool) -> TokenSource:

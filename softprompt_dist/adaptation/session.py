@@ -43,6 +43,7 @@ def adapt(
     *,
     fresh: bool = False,
     must_resume: bool = False,
+    force: bool = False,
 ) -> None:
     """All ranks: one run, from recipe to export, continuing where an earlier attempt stopped.
 
@@ -51,6 +52,7 @@ def adapt(
         ds_config: engine plumbing as it was read, or None for ours.
         fresh: set the directory's checkpoints aside first.
         must_resume: refuse to start at step 0.
+        force: go on though the model to start from is another one than before.
 
     Raises:
         StoppedError: on all ranks, when somebody asked to stop and the state is saved.
@@ -60,7 +62,7 @@ def adapt(
     with Attempt(Path(str(config.run_directory)), config.health, facts) as attempt:
         if attempt.begins_anew(fresh):
             set_aside([config], attempt)
-        adapt_stage(config, ds_config, attempt, must_resume=must_resume)
+        adapt_stage(config, ds_config, attempt, must_resume=must_resume, force=force)
         attempt.finish(config.steps)
 
 
@@ -70,6 +72,7 @@ def adapt_stage(
     attempt: Attempt,
     *,
     must_resume: bool = False,
+    force: bool = False,
 ) -> None:
     """All ranks: as `adapt`, as a part of an attempt that may have others.
 
@@ -78,12 +81,14 @@ def adapt_stage(
         ds_config: as there.
         attempt: its `steps_before` are those of the stages before.
         must_resume: as there.
+        force: as there.
     """
     directory = RunDirectory(Path(str(config.run_directory)))
     directory.create(tunes=False)
     with doing("loading", config.health.slow_timeout_seconds):
         in_background = config.checkpoint.background and _can_save_beside()
-        run = _load(config, ds_config, attempt, must_resume)
+        found = _find_checkpoint(config, directory, attempt, must_resume)  # before any weight
+        run = _load(config, ds_config, found, force=force)
         _look_ahead(run, directory)
     attempt.reopen()  # only now: a recipe that does not belong here leaves all as it was
     directory.record(to_yaml(config), describe_environment(), _data_record(run))
@@ -129,8 +134,12 @@ def set_aside(stages: Sequence[AdaptConfig], attempt: Attempt) -> None:
         ranks.on_main(lambda: attempt.files.publish_step(before))
 
 
-def export_newest(config: AdaptConfig, ds_config: dict[str, Any] | None, folder: Path) -> None:
+def export_newest(
+    config: AdaptConfig, ds_config: dict[str, Any] | None, folder: Path, *, force: bool = False
+) -> None:
     """All ranks: write the newest checkpoint as Hugging Face folders, and train nothing.
+
+    `force`: as in `adapt`.
 
     Raises:
         CheckpointError: the run has no checkpoint.
@@ -140,8 +149,8 @@ def export_newest(config: AdaptConfig, ds_config: dict[str, Any] | None, folder:
     found = _store(config, directory).newest()
     if found is None:
         raise _nothing_to_resume(directory)
-    run = build_run(config, ds_config)
-    restore(run, found)
+    run = build_run(config, ds_config, force=force)
+    restore(run, found, force=force)
     check_targets(run, folder, found.step)
     for written in export_run(run, folder, run.measure()):
         if ranks.is_main():
@@ -149,17 +158,19 @@ def export_newest(config: AdaptConfig, ds_config: dict[str, Any] | None, folder:
 
 
 def _load(
-    config: AdaptConfig, ds_config: dict[str, Any] | None, attempt: Attempt, must_resume: bool
+    config: AdaptConfig,
+    ds_config: dict[str, Any] | None,
+    found: FoundCheckpoint | None,
+    *,
+    force: bool,
 ) -> AdaptationRun:
-    """All ranks: the run with its weights, as it begins or goes on."""
-    directory = RunDirectory(Path(str(config.run_directory)))
-    found = _find_checkpoint(config, directory, attempt, must_resume)  # before any weight is read
-    run = build_run(config, ds_config)
+    """All ranks: the run with its weights, as it begins or goes on from a checkpoint."""
+    run = build_run(config, ds_config, force=force)
     stop.end_here_if_asked("making the engine")
     if found is None:
         start(run)
     else:
-        restore(run, found)
+        restore(run, found, force=force)
     stop.end_here_if_asked("reading the weights")
     return run
 

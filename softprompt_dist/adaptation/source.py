@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +22,16 @@ from transformers import (
 from softprompt_dist.adapt_config import AdaptConfig
 from softprompt_dist.adapt_stages import check_start
 from softprompt_dist.adaptation.fragments import Layout
-from softprompt_dist.adaptation.model_card import SAID_OF_STAGES
+from softprompt_dist.adaptation.model_card import EXPORTED, SAID_OF_STAGES
 from softprompt_dist.adaptation.sharded_files import read_into
 from softprompt_dist.backbone.checkpoint_reader import CheckpointReader
+from softprompt_dist.backbone.filling import identity_of
+from softprompt_dist.backbone.fingerprint import fingerprint
 from softprompt_dist.backbone.inventory import take_inventory
 from softprompt_dist.backbone.load import (
     DROPOUT_NAMES,
     check_decoder_start,
+    inventory_of,
     load_tokenizer,
     locate_backbone,
     model_config_of,
@@ -37,7 +41,9 @@ from softprompt_dist.backbone.skeleton import build_skeleton
 from softprompt_dist.backbone.t5_v11 import initial_weights, t5_config
 from softprompt_dist.config import BackboneConfig
 from softprompt_dist.data.lm.special_ids import SpecialIds
+from softprompt_dist.data.tokenizer_identity import tokenizer_identity
 from softprompt_dist.errors import BackboneError, ConfigError
+from softprompt_dist.identity import Identity, check_same_backbone, config_that_counts
 from softprompt_dist.parallel import ranks
 from softprompt_dist.progress import phase
 
@@ -60,6 +66,23 @@ class Source:
 
     history: tuple[dict[str, Any], ...] = ()
     """The stages that the checkpoint went through, where it says so."""
+
+    def identity(self) -> Identity:
+        """Of what is started from, samples of whose weights are read; no collective.
+
+        A model that is made from nothing has no weights yet.
+        """
+        if self.folder is None:
+            config = config_that_counts(self.hf_config)
+            return Identity("a new model", "", config, tokenizer_identity(self.tokenizer))
+        return identity_in(self.folder, self.tokenizer)
+
+    def lineage(self) -> list[str]:
+        """A line of each stage of `history`, by which two are told apart."""
+        return [
+            f"{stage['name']}, {stage['steps']} steps, {stage.get('identity', '')!s:.12}"
+            for stage in self.history
+        ]
 
     def training_config(self, dropout: float) -> PretrainedConfig:
         """The configuration with the dropout that is trained with."""
@@ -116,6 +139,50 @@ def source_in(folder: Path | None, config: AdaptConfig) -> Source:
     source = Source(hf_config, tokenizer, folder, config.seed, _history(folder))
     _check_fits(config, source)
     return source
+
+
+def identity_in(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Identity:
+    """Of a model's folder and the tokenizer that goes with it; no collective.
+
+    The weights of a decoder-only model that is no backbone are known by their stored names.
+
+    Raises:
+        BackboneError: the checkpoint cannot be read, or is not a whole T5.
+    """
+    settings = BackboneConfig(path=str(folder))
+    try:
+        inventory = inventory_of(folder, settings)
+        reader, identity = inventory.reader, identity_of(inventory, settings)
+    except BackboneError:
+        hf_config = model_config_of(folder)
+        if hf_config.is_encoder_decoder:
+            raise
+        reader = CheckpointReader(folder)
+        weights = fingerprint(reader, {name: name for name in reader.shapes})
+        identity = Identity(str(folder), weights, config_that_counts(hf_config))
+    reader.close()
+    return dataclasses.replace(identity, tokenizer=tokenizer_identity(tokenizer), dtype="")
+
+
+def check_history(source: Source, here: Identity, config: AdaptConfig, *, force: bool) -> None:
+    """Refuse a history that tells of another model than the one beside it; no collective.
+
+    Raises:
+        BackboneError: weights, config or tokenizer were replaced since the export, and not `force`.
+    """
+    exported = source.history[-1].get(EXPORTED) if source.history else None
+    if exported is None:  # no history, or of an earlier release
+        return
+    assert source.folder is not None
+    path = source.folder / HISTORY
+    try:
+        there = Identity.from_json(exported)
+    except ValueError as error:
+        raise BackboneError(f"{path}: {error}. Fetch it again, or remove it.") from error
+    if config.tokenizer:  # not the one beside it
+        here = dataclasses.replace(here, tokenizer={})
+    belongs = f"{path} tells what made"
+    check_same_backbone(there, here, belongs, error=BackboneError, force=force)
 
 
 def _folder(config: AdaptConfig) -> Path | None:
