@@ -146,7 +146,7 @@ def test_the_run_directory_is_named_after_the_run_unless_given(recipe: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "name", ["here", "20261123", "null", "a: b", "c #d", "~", "yes", "'e", "1e3"]
+    "name", ["here", "20261123", "null", "a: b", "c #d", "a~", "yes", "'e", "1e3"]
 )
 def test_a_path_on_the_command_line_is_taken_as_typed(recipe: Path, name: str) -> None:
     config, _ = parse("--recipe", recipe, "--set", "run_directory=there", "--run-dir", name)
