@@ -12,12 +12,18 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+class RepeatedKeyError(ValueError):
+    """An object of JSON has a key twice; parsers take the last without a word."""
+
 
 def open_regular(path: Path) -> BinaryIO:
     """Open a file for reading; a pipe, a socket or a device is refused and not waited for.
 
     Raises:
-        OSError: it cannot be opened, or is no regular file.
+        OSError: it cannot be opened, is no regular file, or is what Git LFS puts in a file's place.
     """
     # O_NONBLOCK: a pipe that nobody writes to would be waited for by `open` itself.
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -27,6 +33,9 @@ def open_regular(path: Path) -> BinaryIO:
             raise IsADirectoryError(21, "Is a directory", str(path))
         if not stat.S_ISREG(mode):
             raise OSError(22, "Is no regular file", str(path))
+        if os.pread(descriptor, len(_LFS_POINTER), 0) == _LFS_POINTER:
+            what = "Is a Git LFS pointer: fetch the file itself (git lfs pull)"
+            raise OSError(22, what, str(path))
         return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
@@ -57,7 +66,7 @@ def parse_json(content: bytes | str) -> Any:
     """
     try:
         text = content if isinstance(content, str) else content.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_not_finite)
+        value = json.loads(text, object_pairs_hook=object_of, parse_constant=_not_finite)
         if "\\u" in text:
             # Half of a surrogate pair can be escaped, and could never be written down again.
             json.dumps(value, ensure_ascii=False).encode()
@@ -66,12 +75,17 @@ def parse_json(content: bytes | str) -> Any:
     return value
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of JSON that these pairs are: an `object_pairs_hook`.
+
+    Raises:
+        RepeatedKeyError: a key stands there twice.
+    """
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r:.80} stands there twice")
+        raise RepeatedKeyError(f"the key {twice!r:.80} stands there twice")
     return found
 
 

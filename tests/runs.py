@@ -25,6 +25,7 @@ ANSWERS = {"apple": "fruit", "carrot": "root", "salmon": "fish"}
 """Word in the text -> the target text. A target has several pieces."""
 POISON = "☃"
 """A character that the tokenizer does not know."""
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9000\n"
 SIDES = {"milk": "left", "stone": "right"}
 """Of another task: labels of their own, of which there are two."""
 _FILLERS = ["the", "a", "we", "they", "saw", "ate", "near", "old", "green", "river", "today", "and"]

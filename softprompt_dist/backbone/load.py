@@ -27,6 +27,7 @@ from softprompt_dist.parallel import ranks
 from softprompt_dist.parallel.deepspeed_start import start_deepspeed
 from softprompt_dist.parallel.groups import shard_group
 from softprompt_dist.private_names import assert_known
+from softprompt_dist.untrusted import open_regular
 
 log = logging.getLogger(__name__)
 
@@ -65,12 +66,15 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         BackboneError: none there, or unreadable, or with pieces that the backbone beside it lacks.
     """
     # Without these, transformers makes up a T5 tokenizer that knows hardly any piece.
-    if not any(path for pattern in _VOCABULARIES for path in folder.glob(pattern)):
+    vocabularies = [path for pattern in _VOCABULARIES for path in folder.glob(pattern)]
+    if not vocabularies:
         raise BackboneError(
             f"No tokenizer in {folder}: it needs tokenizer.json, or a vocabulary such as "
             "spiece.model. Copy the one that belongs to the backbone there."
         )
     try:
+        for path in vocabularies:
+            open_regular(path).close()
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from softprompt_dist.errors import BackboneError
 from softprompt_dist.names import is_name
-from softprompt_dist.untrusted import parse_json, read_bounded
+from softprompt_dist.untrusted import open_regular, parse_json, read_bounded
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +89,7 @@ class WeightFile(ABC):
     def __init__(self, path: Path) -> None:
         self.path = path
         self._mapped: Any = None
+        self._guarded(lambda: open_regular(path).close())
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
         """A view [R, C] of rows of a tensor."""

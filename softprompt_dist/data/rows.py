@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from softprompt_dist.errors import DataError
-from softprompt_dist.untrusted import open_regular
+from softprompt_dist.untrusted import RepeatedKeyError, object_of, open_regular
 
 Row = dict[str, Any]
 OpenFile = Callable[[], IO[bytes]]
@@ -180,7 +180,9 @@ def _stream_jsonl(file: IO[bytes], origin: str) -> Iterator[NumberedRow]:
 
 def _json_row(where: Place, line: str) -> NumberedRow:
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=object_of)
+    except RepeatedKeyError as error:
+        return NumberedRow(where, {}, f"{where}: {error}. Correct or remove it.")
     except (ValueError, RecursionError) as error:
         return NumberedRow(where, {}, f"{where} is not JSON ({error}). Correct or remove it.")
     if not isinstance(row, dict):

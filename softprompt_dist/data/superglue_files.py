@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from softprompt_dist.data.rows import OpenFile, nearest, opener
 from softprompt_dist.errors import DataError
+from softprompt_dist.untrusted import open_regular
 
 _OFFICIAL_NAMES = {"train": ("train",), "validation": ("val", "validation"), "test": ("test",)}
 _ENDINGS = (".jsonl", ".jsonl.gz")
@@ -67,6 +68,7 @@ def _files_of(path: Path, folder: str) -> tuple[str, dict[str, OpenFile]]:
             f"start at {Path.cwd()}."
         )
     try:
+        open_regular(path).close()
         files = _in_zip(path, folder)
     except (OSError, zipfile.BadZipFile, RuntimeError) as error:
         raise DataError(f"Cannot read {path}: {error}. Check that the zip is whole.") from error
@@ -85,7 +87,8 @@ def _in_folder(folder: Path) -> dict[str, OpenFile]:
 def _in_zip(zip_file: Path | bytes, folder: str) -> dict[str, OpenFile]:
     """Files of the task's folder; else of its zip inside this one; else those in no folder."""
     with _archive(zip_file) as archive:
-        members = {name: PurePosixPath(name) for name in archive.namelist()}
+        # Some programs of Windows write its separator, against the standard.
+        members = {n: PurePosixPath(n.replace("\\", "/")) for n in archive.namelist()}
         rows = {name: path for name, path in members.items() if path.name.endswith(_ENDINGS)}
         chosen = {name: path for name, path in rows.items() if path.parent.name == folder}
         inner = next((name for name, path in members.items() if path.name == f"{folder}.zip"), None)

@@ -44,6 +44,18 @@ def with_nan(weights: Tensors, name: str) -> Tensors:
     return {**weights, name: changed}
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "pytorch_model.bin"])
+def test_a_pointer_of_git_lfs_is_told(
+    said: Said, tiny_recipe: Path, folder: Path, name: str
+) -> None:
+    if name.endswith(".bin"):
+        (folder / "model.safetensors").unlink()
+    (folder / name).write_text(runs.LFS_POINTER)
+    arguments = ["--set", f"backbone.path={folder}", "--run-dir", folder.parent / "run"]
+    outcome = said(train.main, "--recipe", tiny_recipe, *arguments)
+    assert_message(outcome, "Is a Git LFS pointer: fetch the file itself", folder / name)
+
+
 HEAD, WO = "lm_head.weight", "encoder.block.1.layer.1.DenseReluDense.wo.weight"
 MISFITS: dict[str, tuple[Callable[[Tensors], Tensors], tuple[str, ...]]] = {
     "a tensor is missing": (

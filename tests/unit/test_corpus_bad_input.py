@@ -6,6 +6,7 @@ from softprompt_dist.data.lm import text_sources
 from softprompt_dist.data.lm.corpus import BuiltCorpus
 from softprompt_dist.data.lm.text_sources import file_source
 from softprompt_dist.errors import DataError
+from tests import runs
 from tests.corpora import (
     LINES,
     build,
@@ -29,6 +30,11 @@ BAD_ROWS = {
     "NUL": ("a.txt", b"good\n\x00\x01\x02\n", r"Line 2 of a\.txt is binary: 3 of its 3"),
     "control": ("a.txt", b"good\n\x01\x02\x03a\n", r"Line 2 of a\.txt is binary: 3 of its 4"),
     "no JSON": ("a.jsonl", b'{"text": "a"}\n\n{"text"\n', r"Line 3 of a\.jsonl is not JSON"),
+    "key twice": ("a.jsonl", b'{"text": "a", "text": "b"}\n', r"Line 1 .* stands there twice"),
+        "a.jsonl",
+        b'{"text": "a", "text": "b"}\n',
+        r"Line 1 .* 'text' stands .* twice",
+    ),
     "a list": ("a.jsonl", b'["a"]\n', r"Line 1 of a\.jsonl is not a JSON object .* a list"),
     "no field": ("a.jsonl", b'{"txt": "a"}\n', r"has no field 'text' \(its fields: txt; --field"),
     "null": ("a.jsonl", b'{"text": null}\n', r"Line 1 of .* no text in its field 'text' but null"),
@@ -48,6 +54,13 @@ def test_a_bad_row_is_named_and_leaves_nothing(tmp_path, tokenizer, name, conten
     total = build(tmp_path / "out", tokenizer, path, good, skip_bad=True).total
     assert total.bad_rows == 1
     assert total.documents >= 1
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.xz", "a.parquet"])
+def test_a_pointer_of_git_lfs_is_no_text(tmp_path, tokenizer, name):
+    (tmp_path / name).write_text(runs.LFS_POINTER)
+    with pytest.raises(DataError, match=r"Is a Git LFS pointer: fetch the file itself"):
+        build(tmp_path / "out", tokenizer, tmp_path / name)
 
 
 def test_a_parquet_file_without_the_field_is_refused(tmp_path, tokenizer):

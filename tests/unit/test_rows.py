@@ -11,6 +11,7 @@ import pytest
 from softprompt_dist.data import rows
 from softprompt_dist.data.rows import read_file, stream_rows
 from softprompt_dist.errors import DataError
+from tests import runs
 
 
 def numbers_and_lines(path: Path) -> list[tuple[int, int | None]]:
@@ -56,12 +57,20 @@ def test_a_parquet_file_of_many_batches_comes_in_order(
     assert found == [(n + 1, n) for n in range(11)]
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.jsonl.gz", "a.parquet"])
+def test_a_pointer_of_git_lfs_is_not_the_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(runs.LFS_POINTER)
+    with pytest.raises(DataError, match=r"Is a Git LFS pointer: fetch the file itself"):
+        list(stream_rows(tmp_path / name))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "line", "words"),
     [
         ("a.jsonl", '{"n": 1}\n\n{"n": \n{"n": 3}\n', 3, "Line 3 of a.jsonl is not JSON"),
         ("a.jsonl", '{"n": 1}\n[2]\n{"n": 3}\n', 2, "Line 2 of a.jsonl is not a JSON object"),
         ("a.jsonl", f'{{"n": 1}}\n{"[" * 9999}\n{{"n": 3}}\n', 2, "Line 2 of a.jsonl is not JSON"),
+        ("a.jsonl", '{"n": 1}\n{"n": 2, "n": 2}\n{"n": 3}\n', 2, "Line 2 of a.jsonl: the key 'n'"),
         ("a.csv", "n\n1\n2,2\n3\n", 3, "Line 3 of a.csv has not as many columns as the header: 2"),
         ("a.csv", 'n\n1\n"2"2\n3\n', 3, "Line 3 of a.csv is not CSV"),
     ],

@@ -69,6 +69,7 @@ OTHER = dict.fromkeys(["__MACOSX/BoolQ/._val.jsonl", "CB/val.jsonl", "OldBoolQ/v
     [
         ("combined.zip", OTHER | below("BoolQ")),
         ("combined.zip", OTHER | below("combined/BoolQ")),
+        ("combined.zip", {n.replace("/", "\\"): c for n, c in below("SuperGLUE/BoolQ").items()}),
         ("combined.zip", {"CB.zip": b"not opened", "BoolQ.zip": zip_of(below("BoolQ"))}),
         ("combined.zip", {"combined/BoolQ.zip": zip_of(FILES)}),
         ("BoolQ.zip", below("BoolQ")),

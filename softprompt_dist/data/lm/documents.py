@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from softprompt_dist.untrusted import RepeatedKeyError, object_of
+
 RowFormat = Literal["line", "json", "value"]
 
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f-\x84\x86-\x9f]")
@@ -108,7 +110,9 @@ def _text_of_json(line: bytes, field_name: str) -> str:
         return ""
     text = _decoded(line)
     try:
-        row = json.loads(text)
+        row = json.loads(text, object_pairs_hook=object_of)
+    except RepeatedKeyError as error:
+        raise _NotADocumentError(f"cannot be used: {error}") from error
     except (ValueError, RecursionError) as error:
         raise _NotADocumentError(f"is not JSON ({error})") from error
     if not isinstance(row, dict):

@@ -102,6 +102,7 @@ class FileSource:
         """See `TextSource`."""
         read = self._parquet_rows if self.format == "value" else self._lines
         with _readable(str(self.path)):
+            open_regular(self.path).close()
             yield from read(number, first_row)
 
     def _lines(self, number: int, first_row: int) -> Iterator[RawRows]:
