@@ -5,8 +5,9 @@
 # Taken from the environment, all optional:
 #   SOFTPROMPT_MASTER_ADDR  where the ranks meet; default: the job's first node
 #   SOFTPROMPT_SCRATCH      node-local folder for temporary files; default: /tmp
-#   TORCH_EXTENSIONS_DIR    compiled extensions; default: the job's own folder on each node, as a
-#                           build that was killed leaves a lock that others wait for
+#   TORCH_EXTENSIONS_DIR    compiled extensions; default: the attempt's own folder on each node, as a
+#                           build that was killed leaves a lock that others wait for. What earlier
+#                           attempts have compiled is copied there (parallel/extensions.py)
 # and what until_done.sh takes.
 
 umask 077                                       # logs and checkpoints are not everybody's business

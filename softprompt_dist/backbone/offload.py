@@ -8,6 +8,7 @@ import shutil
 import socket
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -16,6 +17,9 @@ from softprompt_dist.errors import MachineError
 from softprompt_dist.parallel import ranks
 from softprompt_dist.parallel.extensions import (
     choose_extensions_folder,
+    fetch_build,
+    forget_build,
+    keep_build,
     wait_for_builder,
 )
 from softprompt_dist.parallel.join import local_world_size, on_leaving
@@ -66,11 +70,25 @@ def assert_offload_possible(config: BackboneConfig) -> None:
             "none. Install it (Debian, Ubuntu: apt-get install libaio-dev; others: libaio-devel), "
             "or use backbone.offload=cpu."
         )
-    _await_build(choose_extensions_folder() / "async_io")
+    _load(AsyncIOBuilder())
 
 
-def _await_build(folder: Path) -> None:
+def _load(builder: Any) -> None:
+    """Now and not when the first weight is written, to keep what was compiled."""
+    fetch_build(builder.name)
+    folder = choose_extensions_folder() / builder.name
     several_nodes = local_world_size(os.environ) < ranks.world_size()
     wait_for_builder(folder / "lock", several_nodes=several_nodes)
-    if ranks.is_main() and not any(folder.glob("async_io*.so")):
+    if ranks.is_main() and not any(folder.glob("*.so")):
         log.warning("Compiling what DeepSpeed writes to disks with, once: about ten minutes.")
+    try:
+        builder.load(verbose=False)
+    except (RuntimeError, ImportError, OSError) as error:
+        forget_build(builder.name)
+        first_line, *_ = str(error).splitlines() or [type(error).__name__]
+        raise MachineError(
+            f"backbone.offload is 'nvme', but what DeepSpeed writes to disks with could not be "
+            f"built or loaded in {folder}: {first_line} Delete that folder and start again, or use "
+            "backbone.offload=cpu."
+        ) from error
+    keep_build(builder.name)

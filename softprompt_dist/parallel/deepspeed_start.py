@@ -13,7 +13,14 @@ from collections.abc import Iterator
 
 from softprompt_dist.errors import MachineError
 from softprompt_dist.parallel import ranks
-from softprompt_dist.parallel.extensions import check_extension_can_be_had, choose_extensions_folder
+from softprompt_dist.parallel.extensions import (
+    EXTENSION,
+    check_extension_can_be_had,
+    choose_extensions_folder,
+    fetch_build,
+    forget_build,
+    keep_build,
+)
 from softprompt_dist.parallel.join import DEEPSPEED_LOGGER, local_world_size, on_leaving
 from softprompt_dist.private_names import assert_known
 from softprompt_dist.progress import phase
@@ -32,8 +39,8 @@ def start_deepspeed() -> None:
             is missing, or the build failed.
     """
     ranks.together(lambda: assert_known("deepspeed"))
-    folder = choose_extensions_folder()
-    if ranks.device().type == "cpu":
+    folder, on_cpu = choose_extensions_folder(), ranks.device().type == "cpu"
+    if on_cpu:
         ranks.together(lambda: _expect_extension())
     logger = logging.getLogger(DEEPSPEED_LOGGER)
     hushed = logger.level == logging.WARNING
@@ -47,18 +54,22 @@ def start_deepspeed() -> None:
             logger.setLevel(logging.WARNING if hushed else logging.INFO)
             deepspeed.init_distributed(auto_mpi_discovery=False, verbose=not hushed)
     except (RuntimeError, ImportError, OSError) as error:
+        forget_build(EXTENSION)
         first_line, *_ = str(error).splitlines() or [type(error).__name__]
         raise MachineError(
             f"DeepSpeed could not start, or build or load its CPU extension in {folder}: "
             f"{first_line} Check that the C++ compiler works and that the folder can be written "
             "to, delete the folder, and start again (--debug shows the compiler's words)."
         ) from error
+    if on_cpu:
+        keep_build(EXTENSION)
     on_leaving(_forget_world)
 
 
 def _expect_extension() -> None:
     several_nodes = local_world_size(os.environ) < ranks.world_size()
     folder = choose_extensions_folder()
+    fetch_build(EXTENSION)
     with phase("waiting for another process to build DeepSpeed's extension"):
         is_built = check_extension_can_be_had(folder, several_nodes=several_nodes)
     if not is_built and ranks.is_main():

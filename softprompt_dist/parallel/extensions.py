@@ -1,7 +1,9 @@
-"""DeepSpeed's compiled CPU extension: its own folder, and no silent wait for a dead builder.
+"""What DeepSpeed compiles: a folder of its own, no silent wait for a dead builder, kept for others.
 
 torch guards a build by a file named `lock` and waits for it without limit and without a word. A
-builder that was killed leaves it behind, and every later start then hangs.
+builder that was killed leaves it behind, and every later start then hangs. So a batch job compiles
+in a folder that ends with it; what is whole is copied to the user's cache, which knows no locks,
+and from there to the folders of later jobs.
 """
 
 from __future__ import annotations
@@ -11,11 +13,14 @@ import platform
 import shutil
 import sys
 import time
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from softprompt_dist.cache import cache_directory
+from softprompt_dist.durable import digest_of, new_folder
 from softprompt_dist.errors import MachineError
 
 EXTENSION = "deepspeed_shm_comm"
@@ -31,10 +36,54 @@ _FRESH_SECONDS = 300.0
 def choose_extensions_folder() -> Path:
     """Set `TORCH_EXTENSIONS_DIR` to a folder of our own, unless the user has set it; returns it."""
     if not os.environ.get("TORCH_EXTENSIONS_DIR"):
-        python = f"py{sys.version_info.major}{sys.version_info.minor}"
-        key = f"{python}-torch{torch.__version__}-{platform.machine()}"
-        os.environ["TORCH_EXTENSIONS_DIR"] = str(cache_directory() / "torch_extensions" / key)
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(cache_directory() / "torch_extensions" / _key())
     return Path(os.environ["TORCH_EXTENSIONS_DIR"])
+
+
+def fetch_build(name: str) -> None:
+    """Have the extension `name` in `TORCH_EXTENSIONS_DIR` if an earlier process has kept it."""
+    _copy(_kept(name), choose_extensions_folder() / name)
+
+
+def keep_build(name: str) -> None:
+    """Keep the extension `name`, which has just been loaded, for later processes."""
+    _copy(choose_extensions_folder() / name, _kept(name))
+
+
+def forget_build(name: str) -> None:
+    """What is kept of `name` cannot be loaded, perhaps."""
+    shutil.rmtree(_kept(name), ignore_errors=True)
+
+
+def _kept(name: str) -> Path:
+    return cache_directory() / "kept_extensions" / _key() / name
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Whole or not at all, where `target` has none; times of files too, by which ninja judges."""
+    if not any(source.glob("*.so")) or (source / "lock").exists() or any(target.glob("*.so")):
+        return
+    # Another process may be faster; and where it cannot be, it is compiled.
+    with suppress(OSError), new_folder(target) as whole:
+        shutil.copytree(source, whole, dirs_exist_ok=True)
+
+
+def _key() -> str:
+    """What a compiled extension depends on; DeepSpeed compiles for the very processor."""
+    python = f"py{sys.version_info.major}{sys.version_info.minor}"
+    deepspeed = ""
+    with suppress(metadata.PackageNotFoundError):
+        deepspeed = f"-deepspeed{metadata.version('deepspeed')}"
+    return f"{python}-torch{torch.__version__}{deepspeed}-{platform.machine()}-{_processor()}"
+
+
+def _processor() -> str:
+    """A digest of what its instructions are; empty where the system does not tell."""
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+        known = [line for line in lines if line.startswith(("flags", "Features"))][:1]
+        return digest_of("".join(known).encode()).sha256[:8]
+    return ""
 
 
 def check_extension_can_be_had(folder: Path, *, several_nodes: bool) -> bool:

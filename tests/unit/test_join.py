@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -21,7 +22,10 @@ from softprompt_dist.parallel.extensions import (
     EXTENSION,
     check_extension_can_be_had,
     choose_extensions_folder,
+    fetch_build,
+    forget_build,
     is_builder_alive,
+    keep_build,
     wait_for_builder,
 )
 from softprompt_dist.parallel.join import (
@@ -293,6 +297,73 @@ def test_extensions_folder_is_ours_unless_chosen(
     assert torch.__version__ in folder.name
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/theirs")
     assert choose_extensions_folder() == Path("/theirs")
+
+
+LOADS = """
+from softprompt_dist.parallel.deepspeed_start import start_deepspeed
+from softprompt_dist.parallel.join import join_world, leave_world
+join_world()
+start_deepspeed()
+leave_world()
+"""
+
+
+def test_a_job_s_own_folder_has_what_an_earlier_job_compiled(
+    extensions_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two jobs, whose folders are gone after them, the second compiles nothing."""
+    monkeypatch.setenv("SOFTPROMPT_CACHE", str(tmp_path / "cache"))
+    for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(variable, raising=False)
+
+    def job(name: str) -> Path:
+        own = {"TORCH_EXTENSIONS_DIR": str(tmp_path / name)}
+        subprocess.run([sys.executable, "-c", LOADS], check=True, env=os.environ | own)
+        return tmp_path / name / EXTENSION
+
+    if any((extensions_folder / EXTENSION).glob("*.so")):  # else the first job takes a minute
+        shutil.copytree(extensions_folder / EXTENSION, tmp_path / "first" / EXTENSION)
+    first = job("first")
+    compiled = (first / f"{EXTENSION}.so").stat().st_mtime_ns
+    (first / "lock").touch()  # the job is killed in a build
+    second = job("second")
+    assert not (second / "lock").exists()
+    assert (second / f"{EXTENSION}.so").stat().st_mtime_ns == compiled
+
+
+def test_what_is_kept_of_a_build_is_whole_and_knows_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOFTPROMPT_CACHE", str(tmp_path / "cache"))
+
+    def own(name: str) -> Path:
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / name))
+        return tmp_path / name / "async_io"
+
+    built = own("first")
+    built.mkdir(parents=True)
+    keep_build("async_io")  # nothing is there yet
+    (built / "async_io.so").write_bytes(b"first")
+    (built / "lock").touch()
+    keep_build("async_io")  # somebody is building
+    fetch_build("async_io")
+    assert not list(tmp_path.glob("cache/kept_extensions/*/*"))
+    (built / "lock").unlink()
+    keep_build("async_io")
+    fetched = own("second")
+    fetch_build("async_io")
+    assert (fetched / "async_io.so").read_bytes() == b"first"
+    (fetched / "async_io.so").write_bytes(b"second")
+    keep_build("async_io")
+    fetch_build("async_io")
+    assert (fetched / "async_io.so").read_bytes() == b"second", "what is there is left alone"
+    third = own("third")
+    fetch_build("async_io")
+    assert (third / "async_io.so").read_bytes() == b"first"
+    forget_build("async_io")
+    fourth = own("fourth")
+    fetch_build("async_io")
+    assert not fourth.exists()
 
 
 @pytest.fixture
