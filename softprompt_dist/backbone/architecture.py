@@ -13,6 +13,13 @@ from softprompt_dist.errors import BackboneError
 
 _SEQ2SEQ_TYPES = ("t5", "mt5")
 _CAUSAL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "mt5": {"feed_forward_proj": "gated-gelu", "scale_decoder_outputs": False},
+    "mistral": {"num_key_value_heads": 8},
+    "qwen2": {"num_key_value_heads": 32},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+}
+"""What transformers takes for keys that a config.json leaves out, where kinds differ."""
 _TWO_BYTE_DTYPES = ("float16", "bfloat16")
 
 
@@ -61,8 +68,8 @@ class Architecture:
     tied_head: bool
     """Whether the head is the embedding table."""
     relative_position_buckets: int = 0
-    attention_biases: int = 0
-    """Numbers in the biases of one attention layer."""
+    layer_biases: int = 0
+    """Numbers in the biases of one layer."""
     head_norms: bool = False
     """Whether queries and keys are normalised, as in Qwen3."""
     checkpoint_bytes_per_weight: int = 4
@@ -115,7 +122,7 @@ class Architecture:
         norms = self.num_layers * norms_per_layer + self.num_decoder_layers * 3 * self.d_model
         stacks = 2 if self.num_decoder_layers else 1
         relative = stacks * self.relative_position_buckets * self.num_heads
-        return norms + stacks * self.d_model + relative + self.num_layers * self.attention_biases
+        return norms + stacks * self.d_model + relative + self.num_layers * self.layer_biases
 
     @property
     def num_parameters(self) -> int:
@@ -137,13 +144,14 @@ class Architecture:
 
 
 def architecture_of(name: str, config: Mapping[str, Any]) -> Architecture:
-    """The architecture that a config.json describes; keys it leaves out have their usual values.
+    """The architecture that a config.json describes; of keys it leaves out, as transformers has it.
 
     Raises:
         BackboneError: a kind of model we have no numbers for, or a key is missing or no positive
             integer.
     """
     kind = config.get("model_type")
+    config = {**_DEFAULTS.get(str(kind), {}), **config}
     if kind in _SEQ2SEQ_TYPES:
         return _t5(name, config)
     if kind in _CAUSAL_TYPES:
@@ -163,6 +171,7 @@ def _t5(name: str, config: Mapping[str, Any]) -> Architecture:
     own_head = (
         config.get("tie_word_embeddings") is False or config.get("scale_decoder_outputs") is False
     )
+    is_gated = str(config.get("feed_forward_proj", "relu")).startswith("gated")
     return Architecture(
         name=name,
         family="seq2seq",
@@ -174,7 +183,7 @@ def _t5(name: str, config: Mapping[str, Any]) -> Architecture:
         num_layers=layers,
         num_decoder_layers=number("num_decoder_layers", layers),
         vocabulary_size=number("vocab_size"),
-        gated=str(config.get("feed_forward_proj", "relu")).startswith("gated"),
+        gated=bool(config.get("is_gated_act", is_gated)),
         tied_head=not own_head,
         relative_position_buckets=number("relative_attention_num_buckets", 32),
         checkpoint_bytes_per_weight=_checkpoint_bytes(config),
@@ -187,16 +196,18 @@ def _llama_like(name: str, kind: str, config: Mapping[str, Any]) -> Architecture
     heads = number("num_attention_heads")
     key_value_heads = number("num_key_value_heads", heads)
     d_kv = number("head_dim", d_model // heads)
-    biases = 0
-    if kind == "qwen2" or config.get("attention_bias"):
-        biases = (heads + 2 * key_value_heads) * d_kv
-    if config.get("attention_bias"):
-        biases += d_model
+    d_ff = number("intermediate_size")
+    into_heads = (heads + 2 * key_value_heads) * d_kv
+    biases = into_heads if kind == "qwen2" else 0
+    if kind in ("llama", "qwen3") and config.get("attention_bias"):
+        biases += into_heads + d_model
+    if kind == "llama" and config.get("mlp_bias"):
+        biases += 2 * d_ff + d_model
     return Architecture(
         name=name,
         family="causal",
         d_model=d_model,
-        d_ff=number("intermediate_size"),
+        d_ff=d_ff,
         num_heads=heads,
         d_kv=d_kv,
         num_key_value_heads=key_value_heads,
@@ -205,7 +216,7 @@ def _llama_like(name: str, kind: str, config: Mapping[str, Any]) -> Architecture
         vocabulary_size=number("vocab_size"),
         gated=True,
         tied_head=config.get("tie_word_embeddings") is True,
-        attention_biases=biases,
+        layer_biases=biases,
         head_norms=kind == "qwen3",
         checkpoint_bytes_per_weight=_checkpoint_bytes(config),
     )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+from transformers import CONFIG_MAPPING
 
 from softprompt_dist.backbone.activations import activation_bytes
 from softprompt_dist.backbone.architecture import Architecture, architecture_of
@@ -15,6 +18,7 @@ from softprompt_dist.backbone.memory_model import (
     sharded_bytes,
     weight_bytes,
 )
+from softprompt_dist.backbone.skeleton import build_skeleton
 from softprompt_dist.config import BackboneConfig
 from softprompt_dist.errors import BackboneError, MachineError
 
@@ -180,6 +184,56 @@ def test_a_config_json_of_old_t5_is_tied_and_not_gated() -> None:
     architecture = architecture_of("t5-small", {**old, "d_kv": 64, "vocab_size": 32128})
     assert architecture.tied_head
     assert architecture.num_parameters == 60_506_624  # as published
+
+
+_CAUSAL_SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 2,
+    "vocab_size": 100,
+}
+_T5_SIZES = {"d_model": 64, "d_ff": 96, "num_heads": 4, "num_layers": 2, "vocab_size": 100}
+_CAUSAL_CHANGES: tuple[dict[str, Any], ...] = (
+    {},
+    {"num_key_value_heads": 4},
+    {"head_dim": 8},
+    {"attention_bias": True},
+    {"mlp_bias": True},
+    {"tie_word_embeddings": True},
+)
+_T5_CHANGES: tuple[dict[str, Any], ...] = (
+    {},
+    {"d_kv": 8},
+    {"feed_forward_proj": "relu"},
+    {"feed_forward_proj": "gated-gelu"},
+    {"is_gated_act": True},
+    {"tie_word_embeddings": False},
+    {"num_decoder_layers": 3},
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [(k, c) for k in ("llama", "mistral", "qwen2", "qwen3") for c in _CAUSAL_CHANGES]
+    + [(k, c) for k in ("t5", "mt5") for c in _T5_CHANGES],
+    ids=str,
+)
+def test_keys_that_a_config_json_leaves_out_are_those_of_transformers(
+    kind: str, changes: dict[str, Any]
+) -> None:
+    """Same numbers as with all keys written, and as many weights as the loader has room for."""
+    sizes = (_T5_SIZES if kind.endswith("t5") else _CAUSAL_SIZES) | changes
+    config = CONFIG_MAPPING[kind](**sizes)
+    found = architecture_of(kind, {"model_type": kind, **sizes})
+    assert found == architecture_of(kind, config.to_dict())
+    skeleton = build_skeleton(config)
+    linears = [linear for part in skeleton.linears.values() for *_, linear in part]
+    num_weights = sum(linear.in_features * linear.out_features for linear in linears)
+    num_weights += sum(getattr(*place).numel() for place in skeleton.buffers.values())
+    table = 100 * 64
+    assert found.tied_head != skeleton.has_own_head
+    assert found.num_parameters == num_weights + (table if skeleton.has_own_head else 0)
 
 
 @pytest.mark.parametrize(
