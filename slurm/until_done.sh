@@ -285,9 +285,13 @@ line_of() {
     sed -n "${2:-1}{p;q}" -- "$1" 2>/dev/null || true
 }
 
-# write_file FILE TEXT: whole or not at all.
+# write_file FILE TEXT: whole or not at all. A disk that is away is waited for; where it stays away
+# the job is decided all the same, for who leaves here by an error is not queued again.
 write_file() {
-    local draft=${1%/*}/.${1##*/}.$attempt
-    printf '%s\n' "$2" >"$draft"
-    mv -fT -- "$draft" "$1"
+    local draft=${1%/*}/.${1##*/}.$attempt pause
+    for pause in 0 1 2 4 8 16 32 64; do
+        ((pause == 0)) || sleep "$pause"
+        if { printf '%s\n' "$2" >"$draft" && mv -fT -- "$draft" "$1"; } 2>/dev/null; then return; fi
+    done
+    say "$1 cannot be written; it should say: ${2//$'\n'/ }"
 }

@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from softprompt_dist.durable import replace_file
+from softprompt_dist.durable import patiently, replace_file
 from softprompt_dist.errors import CheckpointError, MachineError, SoftpromptError, StopFileError
 
 log = logging.getLogger(__name__)
@@ -101,8 +101,12 @@ class OutcomeFiles:
         replace_file(self.step, f"{step}\n".encode())
 
     def published_step(self) -> int:
-        """The last step that a checkpoint was published for; 0 for none."""
-        text = first_line(self.step)
+        """The last step that a checkpoint was published for; 0 for none.
+
+        Raises:
+            OSError: nobody can tell.
+        """
+        text = _decisive_line(self.step)
         return int(text) if text.isdecimal() else 0
 
     def begin_anew(self, job: str = "") -> None:
@@ -112,8 +116,12 @@ class OutcomeFiles:
             replace_file(self.folder / _ANEW, f"{job}\n".encode())
 
     def has_begun_anew(self, job: str) -> bool:
-        """Whether an earlier attempt of the same job has done so."""
-        return bool(job) and first_line(self.folder / _ANEW) == job
+        """Whether an earlier attempt of the same job has done so.
+
+        Raises:
+            OSError: nobody can tell.
+        """
+        return bool(job) and _decisive_line(self.folder / _ANEW) == job
 
     def check_resumed(self, step: int) -> None:
         """Whether a run that goes on after `step` is as far as it once was.
@@ -158,6 +166,18 @@ def first_line(path: Path) -> str:
             return file.readline(_LONGEST_REASON).strip()
     except OSError:
         return ""
+
+
+def _decisive_line(path: Path) -> str:
+    """As `first_line`, where a file that cannot be read must not count as one that is not there."""
+
+    def read() -> str:
+        try:
+            return path.read_text(encoding="utf-8", errors="replace").partition("\n")[0].strip()
+        except FileNotFoundError:
+            return ""
+
+    return patiently(read)
 
 
 def announce(folder: Path) -> None:

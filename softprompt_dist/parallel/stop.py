@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from softprompt_dist.errors import HangError, StoppedError
@@ -116,10 +116,12 @@ def _end_wait(heard: int, limit_seconds: float, hang: HangError) -> None:
         if number in SIGNALS:
             failure = StoppedError(f"{name_of(number)} before the ranks met.")
             record_failure(failure)
-            print(f"Stopped: {failure}", file=sys.__stdout__, flush=True)
+            with suppress(OSError):
+                print(f"Stopped: {failure}", file=sys.__stdout__, flush=True)
             os._exit(failure.exit_code)
     record_failure(hang)
-    print(f"error: {hang}", file=sys.__stderr__, flush=True)
+    with suppress(OSError):
+        print(f"error: {hang}", file=sys.__stderr__, flush=True)
     os._exit(hang.exit_code)
 
 

@@ -123,3 +123,16 @@ def test_a_run_outside_of_slurm_is_left_alone(outside: dict[str, str]) -> None:
 
     os.utime(folder / "heartbeat.json", (0, 0))  # it is dead
     assert "scontrol was called" in run("train_xxl.sh", outside).stderr
+
+
+def test_a_disk_that_goes_away_does_not_keep_a_job_from_being_queued_again(
+    tmp_path: Path, outside: dict[str, str]
+) -> None:
+    """It is asked to be; here no Slurm grants it."""
+    (tmp_path / "srun").write_text('#!/bin/bash\nrm -rf -- "$RUN_DIR"\nexit 1\n')
+    (tmp_path / "scontrol").write_text("#!/bin/bash\necho n1\n[[ $1 == show ]]\n")
+    environ = outside | {"BASH_FUNC_sleep%%": "() { :; }"}  # no time passes
+    done = run("train_xxl.sh", environ)
+    assert f"{tmp_path / 'run'}/no_progress cannot be written; it should say: 1 0 0" in done.stdout
+    assert "this job cannot be queued again" in done.stdout
+    assert done.returncode == 75

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
-from softprompt_dist import outcome_files
+from softprompt_dist import durable, outcome_files
 from softprompt_dist.errors import (
     CheckpointError,
     ConfigError,
@@ -145,6 +146,33 @@ def test_lost_checkpoints_are_no_new_run(files: OutcomeFiles) -> None:
     assert files.published_step() == 10
     files.begin_anew()
     files.check_resumed(0)
+
+
+def test_what_cannot_be_read_is_not_taken_for_what_is_not_there(
+    files: OutcomeFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a job that is queued again would set aside what its own attempts have saved."""
+    files.publish_step(20)
+    files.begin_anew("41")
+    files.publish_step(20)
+    real, left = Path.read_text, 3
+
+    def away(path: Path, *given: str, **named: str) -> str:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise OSError(errno.ESTALE, "Stale file handle", str(path))
+        return real(path, *given, **named)
+
+    monkeypatch.setattr(durable, "_FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(Path, "read_text", away)
+    assert files.has_begun_anew("41")
+    left = 3
+    assert files.published_step() == 20
+    left = 10_000
+    monkeypatch.setattr(durable, "PATIENCE_SECONDS", 0.0)
+    with pytest.raises(OSError, match="Stale"):
+        files.check_resumed(0)
 
 
 @pytest.mark.parametrize("content", [b"", b"-3\n", b"3.5\n", b"\xff\xfe\n"])
