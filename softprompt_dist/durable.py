@@ -48,8 +48,10 @@ def digest_of(content: bytes) -> FileDigest:
     return FileDigest(len(content), hashlib.sha256(content).hexdigest())
 
 
-def digest_of_file(path: Path) -> FileDigest:
+def digest_of_file(path: Path, advance: Callable[[int], object] = lambda _: None) -> FileDigest:
     """The digest of a file of any size, which is never whole in memory.
+
+    `advance` is told how many bytes more were read.
 
     Raises:
         OSError: it cannot be read.
@@ -59,6 +61,7 @@ def digest_of_file(path: Path) -> FileDigest:
         while piece := file.read(_READ_BYTES):
             sha256.update(piece)
             num_bytes += len(piece)
+            advance(len(piece))
     return FileDigest(num_bytes, sha256.hexdigest())
 
 

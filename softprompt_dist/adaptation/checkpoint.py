@@ -6,8 +6,9 @@ step-00010000/model.safetensors   or shards with an index: weights and what is s
               state.json          step, world size, the rest of the state
               manifest.json       kind, step, size and sha256 of the others
 
-Rank 0 writes, and every rank reads: all nodes must see the folder. `CheckpointFolder` tells how a
-checkpoint appears whole or not at all.
+Rank 0 writes. All ranks that see the folder read it back before an older one goes, each some of the
+files: a disk may return other bytes than it was given. To resume, every rank must see it.
+`CheckpointFolder` tells how a checkpoint appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,10 +40,11 @@ from softprompt_dist.adaptation.verification import (
     check_all_see,
     damage_of,
     inspect_checkpoint,
+    sees_all,
     verify,
 )
 from softprompt_dist.durable import FileDigest, digest_of, explained, pauses, write_file
-from softprompt_dist.errors import CheckpointError
+from softprompt_dist.errors import CheckpointError, SoftpromptError
 from softprompt_dist.lifecycle.attempt import Attempt
 from softprompt_dist.parallel import ranks
 from softprompt_dist.run.checkpoint_folder import (
@@ -188,7 +190,10 @@ class AdaptationCheckpointStore:
             weights = WeightFormat(max_shard_bytes=_SHARD_BYTES)
             digests = write_tensors(temporary, tensors, weights, error=refusal)
             finish = partial(self._finish, step, temporary, digests, rest)
-            ranks.on_main(explained(finish, refusal))
+            expected = ranks.on_main(explained(finish, refusal))
+            if expected is not None:
+                damage = _damage(temporary, expected, refusal)
+                ranks.on_main(explained(partial(self._publish, step, temporary, damage), refusal))
         finally:
             if ranks.is_main():
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -207,7 +212,10 @@ class AdaptationCheckpointStore:
         ranks.on_main(explained(folder.remove_leftovers, refusal))
         while path := ranks.on_main(explained(folder.newest, refusal)):
             inspection = ranks.on_main(explained(partial(inspect_checkpoint, path), refusal))
-            damage = inspection.damage or self._damage(path, inspection.expected)
+            damage = inspection.damage
+            if damage is None:
+                check_all_see(path, inspection.expected)
+                damage = _damage(path, inspection.expected, refusal)
             if damage is None:
                 state, world_size = inspection.state, inspection.world_size
                 return FoundCheckpoint(path, inspection.step, state, world_size)
@@ -228,26 +236,42 @@ class AdaptationCheckpointStore:
         temporary: Path,
         weights: Mapping[str, FileDigest],
         rest: Mapping[str, bytes],
-    ) -> None:
+    ) -> dict[str, FileDigest] | None:
+        """The files that are to be published; None where they are."""
         digests = {**weights, **{name: digest_of(content) for name, content in rest.items()}}
         final = self._checkpoints.of_step(step)
         if _is_published(final, digests):
             self._checkpoints.witness(final)
-            return
+            return None
         for name, content in rest.items():
             write_file(temporary / name, content)
-        write_file(temporary / MANIFEST, encode_manifest(step, digests, ADAPTATION))
-        self._checkpoints.publish(temporary, final, verify)
+        manifest = encode_manifest(step, digests, ADAPTATION)
+        write_file(temporary / MANIFEST, manifest)
+        return digests | {MANIFEST: digest_of(manifest)}
+
+    def _publish(self, step: int, temporary: Path, damage: str | None) -> None:
+        def verify(final: Path) -> None:
+            if damage is not None:
+                raise InvalidCheckpointError(damage)
+
+        self._checkpoints.publish(temporary, self._checkpoints.of_step(step), verify)
         self._checkpoints.remove_older(step)
 
-    def _damage(self, path: Path, expected: Mapping[str, FileDigest]) -> str | None:
-        """All ranks: what is wrong with the files, which are dealt to the ranks to be read."""
-        check_all_see(path, expected)
-        own = sorted(expected)[ranks.rank() :: ranks.world_size()]
+
+def _damage(
+    path: Path,
+    expected: Mapping[str, FileDigest],
+    refusal: Callable[[OSError], SoftpromptError],
+) -> str | None:
+    """All ranks: what is wrong with the files, which are dealt to those that see them."""
+    sees = ranks.gather_objects(ranks.is_main() or sees_all(path, expected))
+    seeing = [rank for rank in range(ranks.world_size()) if sees[rank]]
+    share = {}
+    if ranks.rank() in seeing:
+        own = sorted(expected)[seeing.index(ranks.rank()) :: len(seeing)]
         share = {name: expected[name] for name in own}
-        refusal = self._checkpoints.unreadable
-        damage = ranks.together(explained(partial(damage_of, path, share), refusal))
-        return next(filter(None, ranks.gather_objects(damage)), None)
+    damage = ranks.together(explained(partial(damage_of, path, share), refusal))
+    return next(filter(None, ranks.gather_objects(damage)), None)
 
 
 def _is_published(final: Path, digests: Mapping[str, FileDigest]) -> bool:

@@ -1,14 +1,14 @@
 """Sharded tensors to safetensors files and back, no tensor ever whole in a rank's memory.
 
-To the disk: every rank puts what it holds of a chunk into zeros, the sum of all is the chunk, and
-rank 0 writes it. From the disk: each rank reads only its own elements. So the files know nothing of
-how the tensors were spread, and may be read on any number of ranks.  Axes: N elements, R rows, C
-columns (all but the first axis, flattened).
+To the disk: every rank sends what it holds of a chunk to rank 0, which puts it together and writes
+it. From the disk: each rank reads only its own elements. So no rank moves more than its share, and
+the files know nothing of how the tensors were spread: they may be read on any number of ranks.
+Axes: N elements, R rows, C columns (all but the first axis, flattened).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,7 @@ from softprompt_dist.backbone.safetensors_file import (
 from softprompt_dist.durable import FileDigest, digest_of, free_bytes, write_file
 from softprompt_dist.errors import BackboneError, MachineError, SoftpromptError
 from softprompt_dist.parallel import ranks
+from softprompt_dist.progress import Phase, phase
 
 CHUNK_BYTES = 64 * 2**20
 """Of fp32 numbers; this much of a tensor is gathered, written or read at a time."""
@@ -71,10 +72,10 @@ def write_tensors(
             make another of the reason.
     """
     chosen = weight_format or WeightFormat()
-    _check_whole(tensors)
+    extents = _extents(tensors)
     entries = [Entry(name, chosen.dtype, tensors[name].shape) for name in sorted(tensors)]
     files = in_shards(entries, chosen.max_shard_bytes)
-    chunks = _gathered_chunks(tensors, between)
+    chunks = _gathered_chunks(tensors, extents, between)
     digests: dict[str, FileDigest] = {}
     failure: OSError | None = None
     if ranks.is_main():
@@ -116,52 +117,64 @@ def read_into(
     ranks.together(lambda: _read_into(folder, tensors, stored_names or {}, error))
 
 
-def _check_whole(tensors: Mapping[str, ShardedTensor]) -> None:
-    """All ranks. What no rank holds would be written as zeros."""
-    names = sorted(name for name in tensors if not tensors[name].is_replicated)
-    held = [sum(len(piece.values) for piece in tensors[name].pieces) for name in names]
-    counts = torch.tensor(held, dtype=torch.int64, device=ranks.device())
-    for name, count in zip(names, ranks.all_reduce_sum(counts).tolist(), strict=True):
+def _extents(tensors: Mapping[str, ShardedTensor]) -> dict[str, list[list[range]]]:
+    """All ranks: name -> the elements that each rank has to give, which are all there are."""
+    own = {
+        name: [piece.elements for piece in tensor.pieces]
+        for name, tensor in tensors.items()
+        if ranks.is_main() or not tensor.is_replicated
+    }
+    of_ranks = ranks.gather_objects(own)
+    extents = {name: [given.get(name, []) for given in of_ranks] for name in tensors}
+    for name, given in extents.items():
+        count = sum(len(elements) for of_rank in given for elements in of_rank)
         assert count == tensors[name].numel, (
             f"the ranks hold {count} elements of {name}, which has {tensors[name].numel}"
         )
+    return extents
 
 
 def _gathered_chunks(
-    tensors: Mapping[str, ShardedTensor], between: Callable[[], None]
+    tensors: Mapping[str, ShardedTensor],
+    extents: Mapping[str, Sequence[Sequence[range]]],
+    between: Callable[[], None],
 ) -> Iterator[tuple[str, Tensor]]:
     """All ranks, each to the end: (name, values_N fp32 on the CPU), whole on rank 0 alone."""
     for name in sorted(tensors):
-        tensor = tensors[name]
-        for stretch in _stretches(0, tensor.numel, CHUNK_BYTES // 4):
+        for stretch in _stretches(0, tensors[name].numel, CHUNK_BYTES // 4):
             between()
-            if not tensor.is_replicated or ranks.is_main():
-                yield name, _gathered(tensor, stretch)
+            yield name, _gathered(tensors[name], extents[name], stretch)
 
 
-def _gathered(tensor: ShardedTensor, stretch: range) -> Tensor:
-    # As integers: adding zeros to them changes no bit, neither of -0.0 nor of a NaN.
-    is_shared = not tensor.is_replicated and ranks.world_size() > 1
-    device = ranks.device() if is_shared else torch.device("cpu")
-    chunk_N = torch.zeros(len(stretch), dtype=torch.int32, device=device)
-    for piece, elements in _overlaps(tensor.pieces, stretch):
-        assert piece.values.dtype == torch.float32
-        held_N = piece.values.detach()[elements.start - piece.first : elements.stop - piece.first]
-        first = elements.start - stretch.start
-        chunk_N[first : first + len(elements)] = held_N.view(torch.int32)
-    if is_shared:
-        ranks.reduce_sum_to_main(chunk_N)
-    values_N = chunk_N.cpu() if ranks.is_main() else chunk_N[:0].cpu()
-    return values_N.view(torch.float32)
+def _gathered(tensor: ShardedTensor, extents: Sequence[Sequence[range]], stretch: range) -> Tensor:
+    given = [[found for held in one if (found := _common(held, stretch))] for one in extents]
+    own_N = torch.empty(0, device=ranks.device())
+    if given[ranks.rank()]:
+        own = [p.values.detach()[_slice(e, p.first)] for p, e in _overlaps(tensor.pieces, stretch)]
+        assert all(values_N.dtype == torch.float32 for values_N in own)
+        own_N = torch.cat([values_N.to(ranks.device()) for values_N in own])
+    parts = ranks.gather_to_main(own_N, [sum(map(len, one)) for one in given])
+    chunk_N = torch.empty(len(stretch) if ranks.is_main() else 0)
+    for one, part_N in zip(given, parts, strict=False):  # elsewhere there are no parts
+        for elements, values_N in zip(one, part_N.split([len(e) for e in one]), strict=True):
+            chunk_N[_slice(elements, stretch.start)] = values_N
+    return chunk_N
 
 
 def _overlaps(pieces: Iterable[Piece], stretch: range) -> Iterator[tuple[Piece, range]]:
     """Pieces that reach into a stretch of the flattened tensor, and where they do."""
     for piece in pieces:
-        first = max(piece.first, stretch.start)
-        last = min(piece.first + len(piece.values), stretch.stop)
-        if first < last:
-            yield piece, range(first, last)
+        if found := _common(piece.elements, stretch):
+            yield piece, found
+
+
+def _common(elements: range, others: range) -> range:
+    return range(max(elements.start, others.start), min(elements.stop, others.stop))
+
+
+def _slice(elements: range, first: int) -> slice:
+    """Where they are in a tensor that begins with the element `first`."""
+    return slice(elements.start - first, elements.stop - first)
 
 
 def _stretches(first: int, last: int, size: int) -> Iterator[range]:
@@ -176,14 +189,17 @@ def _write_files(
     chosen: WeightFormat,
 ) -> dict[str, FileDigest]:
     digests = {}
-    for file_name, entries in files.items():
-        with SafetensorsStream(folder / file_name, entries, chosen.metadata) as stream:
-            while stream.bytes_missing:
-                name, values_N = next(chunks)
-                if name in chosen.factors:
-                    values_N = values_N * chosen.factors[name]
-                stream.write(values_N.to(chosen.dtype))
-            digests[file_name] = stream.digest
+    num_bytes = sum(entry.num_bytes for entries in files.values() for entry in entries)
+    with phase("writing weights", num_bytes, "B") as told:
+        for file_name, entries in files.items():
+            with SafetensorsStream(folder / file_name, entries, chosen.metadata) as stream:
+                while stream.bytes_missing:
+                    name, values_N = next(chunks)
+                    if name in chosen.factors:
+                        values_N = values_N * chosen.factors[name]
+                    stream.write(values_N.to(chosen.dtype))
+                    told.advance(values_N.numel() * chosen.dtype.itemsize)
+                digests[file_name] = stream.digest
     if len(files) > 1:
         index = index_of_shards(files)
         write_file(folder / INDEX, index)
@@ -209,11 +225,16 @@ def _read_into(
         wanted = {name: stored_names.get(name, name) for name in tensors}
         _check_stored(reader, tensors, wanted, error)
         # In the order of the files' tensors: pages are read ahead.
-        for name in sorted(tensors):
-            for piece in tensors[name].pieces:
-                _fill(piece, reader, wanted[name])
+        with phase("reading weights", _held_bytes(tensors), "B") as told:
+            for name in sorted(tensors):
+                for piece in tensors[name].pieces:
+                    _fill(piece, reader, wanted[name], told)
     finally:
         reader.close()
+
+
+def _held_bytes(tensors: Mapping[str, ShardedTensor]) -> int:
+    return sum(4 * len(piece.values) for tensor in tensors.values() for piece in tensor.pieces)
 
 
 def _check_stored(
@@ -252,7 +273,7 @@ def _is_exact(reader: CheckpointReader, name: str) -> bool:
 
 
 @torch.no_grad()
-def _fill(piece: Piece, reader: CheckpointReader, name: str) -> None:
+def _fill(piece: Piece, reader: CheckpointReader, name: str, told: Phase) -> None:
     """Read the rows that cover a piece, some at a time, and keep what is its."""
     shape = reader.shapes[name]
     num_columns = torch.Size(shape[1:]).numel()
@@ -264,5 +285,5 @@ def _fill(piece: Piece, reader: CheckpointReader, name: str) -> None:
         read_N = reader.rows(name, some.start, some.stop).reshape(-1)
         offset = some.start * num_columns
         for _, own in _overlaps([piece], range(offset, offset + len(read_N))):
-            target_N = piece.values[own.start - piece.first : own.stop - piece.first]
-            target_N.copy_(read_N[own.start - offset : own.stop - offset])
+            piece.values[_slice(own, piece.first)].copy_(read_N[_slice(own, offset)])
+            told.advance(4 * len(own))

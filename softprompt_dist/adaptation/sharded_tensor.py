@@ -17,6 +17,11 @@ class Piece:
     values: Tensor
     """1-D view of the elements; writing to it changes the state itself."""
 
+    @property
+    def elements(self) -> range:
+        """Their indices in the flattened tensor."""
+        return range(self.first, self.first + len(self.values))
+
 
 @dataclass(frozen=True)
 class ShardedTensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from softprompt_dist.durable import FileDigest, digest_of_file
 from softprompt_dist.errors import CheckpointError
 from softprompt_dist.parallel import ranks
+from softprompt_dist.progress import phase
 from softprompt_dist.run.checkpoint_format import (
     ADAPTATION,
     MANIFEST,
@@ -76,7 +77,7 @@ def check_all_see(folder: Path, expected: Mapping[str, FileDigest]) -> None:
     Raises:
         CheckpointError: on all ranks; some node has another folder of that name, or none.
     """
-    places = ranks.gather_objects("" if _sees(folder, expected) else platform.node())
+    places = ranks.gather_objects("" if sees_all(folder, expected) else platform.node())
     blind = [f"rank {rank} on {place}" for rank, place in enumerate(places) if place]
     if blind:
         error = CheckpointError(
@@ -88,7 +89,8 @@ def check_all_see(folder: Path, expected: Mapping[str, FileDigest]) -> None:
         raise error
 
 
-def _sees(folder: Path, expected: Mapping[str, FileDigest]) -> bool:
+def sees_all(folder: Path, expected: Mapping[str, FileDigest]) -> bool:
+    """Whether this rank's node has the files, as far as their sizes and the manifest tell."""
     try:
         sizes = {name: (folder / name).stat().st_size for name in expected}
         return digest_of_file(folder / MANIFEST) == expected[MANIFEST] and all(
@@ -126,8 +128,10 @@ def verify(folder: Path) -> dict[str, FileDigest]:
 
 @malformed_is_invalid
 def _check_digests(folder: Path, expected: Mapping[str, FileDigest]) -> None:
-    for name, digest in expected.items():
-        check_digest(folder / name, digest_of_file(folder / name), digest)
+    num_bytes = sum(digest.num_bytes for digest in expected.values())
+    with phase("comparing checksums", num_bytes, "B") as told:
+        for name, digest in expected.items():
+            check_digest(folder / name, digest_of_file(folder / name, told.advance), digest)
 
 
 def check_forms(

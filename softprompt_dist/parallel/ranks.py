@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -147,11 +147,26 @@ def all_reduce_max(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def reduce_sum_to_main(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum `tensor` over all ranks in rank 0's place; the others' is spoilt. Returns it."""
-    if world_size() > 1:
-        dist.reduce(tensor, dst=0, group=_way.group)
-    return tensor
+def gather_to_main(own_N: torch.Tensor, lengths: Sequence[int]) -> list[torch.Tensor]:
+    """What each rank has, in rank order, on rank 0, and nothing elsewhere; a rank moves its own.
+
+    Args:
+        own_N: of this rank, on `device()`.
+        lengths: N of every rank; a rank of which it is 0 need not come, rank 0 must.
+    """
+    if not is_main():
+        if lengths[rank()]:
+            _exchange([dist.P2POp(dist.isend, own_N, 0, _way.group)])
+        return []
+    others = {r: own_N.new_empty(n) for r, n in enumerate(lengths) if r and n}
+    _exchange([dist.P2POp(dist.irecv, part_N, r, _way.group) for r, part_N in others.items()])
+    return [others.get(r, own_N[: 0 if r else None]) for r in range(len(lengths))]
+
+
+def _exchange(operations: list[dist.P2POp]) -> None:
+    # One by one, NCCL would make a communicator for every pair of ranks.
+    for work in dist.batch_isend_irecv(operations) if operations else ():
+        work.wait()
 
 
 def broadcast(tensor: torch.Tensor) -> torch.Tensor:

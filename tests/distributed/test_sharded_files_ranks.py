@@ -3,12 +3,14 @@
 import errno
 import os
 import random
+from contextlib import contextmanager
 from functools import partial
 from math import prod
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from softprompt_dist.adaptation import checkpoint, sharded_files, verification
@@ -23,15 +25,16 @@ SHAPES = {"a.matrix": (13, 7), "b.vector": (11,), "c.tiny": (2,), "d.replicated"
 STEP = 40
 
 
-def values_of(name):
-    """Bits of every kind: also NaNs with a payload, infinities, -0.0 and denormals."""
+def values_of(name, nan=False):
+    """Bits of every kind: infinities, -0.0, denormals, and NaNs with a payload where asked for."""
     generator = torch.Generator().manual_seed(sum(map(ord, name)))
     low, high = -(2**31), 2**31 - 1
     bits = torch.randint(low, high, SHAPES[name], generator=generator, dtype=torch.int32)
-    special = torch.tensor([0x7FC12345, -(2**31), 0x7F800000, 1], dtype=torch.int32)
+    special = torch.tensor([0x7F800000, -(2**31), 0x7FC12345, 1], dtype=torch.int32)
     if bits.dim():
         bits.view(-1)[: min(4, bits.numel())] = special[: bits.numel()]
-    return bits.view(torch.float32)
+    values = bits.view(torch.float32)
+    return values if nan else values.nan_to_num(nan=1.0, posinf=torch.inf, neginf=-torch.inf)
 
 
 def sharded(values, seed):
@@ -56,8 +59,8 @@ def sharded(values, seed):
     return tensors
 
 
-def all_values():
-    return {name: values_of(name) for name in SHAPES}
+def all_values(nan=False):
+    return {name: values_of(name, nan) for name in SHAPES}
 
 
 def is_right(tensors):
@@ -91,7 +94,10 @@ def write(folder):
     checkpoint._SHARD_BYTES = 100
     folder = Path(folder)
     tensors = sharded(all_values(), seed=1)
-    digests = write_tensors(folder, tensors, WeightFormat(max_shard_bytes=380))
+    with moved_bytes() as moved:
+        digests = write_tensors(folder, tensors, WeightFormat(max_shard_bytes=380))
+    (folder / "nan").mkdir(exist_ok=True)
+    write_tensors(folder / "nan", sharded(all_values(nan=True), seed=1))
     store = AdaptationCheckpointStore(folder / "checkpoints", keep_last=2)
     torch.manual_seed(ranks.rank())
     for step in (20, STEP):
@@ -103,8 +109,37 @@ def write(folder):
         "rng": torch.get_rng_state()[:64].tolist(),
         "full": full,
         "warned": warnings_of_a_save_that_rank_2_cannot_see(folder / "local", tensors),
-        "moved": is_right(tensors),
+        "unchanged": is_right(tensors),
+        "moved_bytes": sum(moved),
+        "own_bytes": sum(
+            4 * len(piece.values)
+            for tensor in tensors.values()
+            for piece in tensor.pieces
+            if not tensor.is_replicated
+        ),
     }
+
+
+@contextmanager
+def moved_bytes():
+    """Sizes of the tensors that this rank gives to others meanwhile."""
+    sizes = []
+    calls = {name: getattr(dist, name) for name in ("reduce", "batch_isend_irecv")}
+
+    def counting(call):
+        def counted(given, *arguments, **settings):
+            operations = given if isinstance(given, list) else [given]
+            sent = [o for o in operations if getattr(o, "op", dist.isend) is dist.isend]
+            sizes.extend(getattr(o, "tensor", o).nbytes for o in sent)
+            return call(given, *arguments, **settings)
+
+        return counted
+
+    for name, call in calls.items():
+        setattr(dist, name, counting(call))
+    yield sizes
+    for name, call in calls.items():
+        setattr(dist, name, call)
 
 
 def warnings_of_a_save_that_rank_2_cannot_see(folder, tensors):
@@ -203,10 +238,21 @@ def test_three_ranks_write_what_one_would(written):
     assert stored.keys() == SHAPES.keys()
     for name, tensor in stored.items():
         assert torch.equal(tensor.view(torch.int32), values_of(name).view(torch.int32)), name
+    for name, tensor in load_file(folder / "nan" / "model.safetensors").items():
+        assert torch.equal(tensor.view(torch.int32), values_of(name, True).view(torch.int32)), name
     assert all(output["digests"] == outputs[0]["digests"] for output in outputs)
     assert set(outputs[0]["digests"]) == {*files, "model.safetensors.index.json"}
     assert any(0 in output["num_pieces"] for output in outputs), "some rank holds nothing of one"
-    assert all(output["moved"] for output in outputs), "writing changes nothing"
+    assert all(output["unchanged"] for output in outputs), "writing changes nothing"
+
+
+def test_a_rank_moves_what_it_holds_and_no_more(written):
+    _, (main, *others) = written
+    assert main["moved_bytes"] == 0
+    assert [output["moved_bytes"] for output in others] == [o["own_bytes"] for o in others]
+    assert all(output["moved_bytes"] > 0 for output in others)
+    stored = sum(4 * prod(SHAPES[name]) for name in ("a.matrix", "b.vector", "c.tiny"))
+    assert sum(output["own_bytes"] for output in (main, *others)) == stored
 
 
 def test_a_save_that_a_node_cannot_see_is_told_at_once(written):

@@ -220,4 +220,7 @@ def test_adapt_tells_of_all_that_it_does(slow: Screen, tmp_path: Path) -> None:
     changes: Any = {"validation_corpus": [str(text)], "evaluation": evaluation}
     config = adaptations.config_of(tmp_path, **changes)
     adapt_session.adapt(config)
-    assert_told(slow, "measuring")
+    assert_told(slow, "measuring", "writing weights", "comparing checksums")
+    slow.said.clear()
+    adapt_session.adapt(config)
+    assert_told(slow, "comparing checksums", "reading weights")
