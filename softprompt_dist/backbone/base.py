@@ -10,7 +10,7 @@ that start there.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,14 +114,34 @@ class Backbone(nn.Module, ABC):
         longer: Reading = self(reading, ids_B, part=self._extend)
         return longer
 
-    def answer_logits(self, prompt_BPD: Tensor, batch: TokenBatch, answers_LT: Tensor) -> Tensor:
-        """Logits of L given answers to each row, padded to T tokens; the input is read once.
+    @torch.no_grad()
+    def score_answers(
+        self,
+        prompt_BPD: Tensor,
+        batch: TokenBatch,
+        chunks: Sequence[Tensor],
+        score: Callable[[Tensor, Tensor], Tensor],
+    ) -> list[Tensor]:
+        """What `score` makes of given answers to each row; the input is read once.
+
+        Args:
+            prompt_BPD: as for `forward`.
+            batch: as for `forward`; its targets are left aside.
+            chunks: answers_LT, padded to T tokens; L may differ. Chunks are computed one after the
+                other, so that memory is needed for one. All ranks of a sharded backbone must give
+                as many.
+            score: of (logits_BLTV, answers_LT); logits behind an answer's last token mean nothing.
 
         Returns:
-            logits_BLTV; what stands behind an answer's last token has no meaning.
+            what `score` gave for each chunk.
         """
-        logits_BLTV: Tensor = self(prompt_BPD, batch, answers_LT, part=self._answer_logits)
-        return logits_BLTV
+
+        def part() -> list[Tensor]:
+            logits = self._answer_logits(prompt_BPD, batch, chunks)
+            return [score(*pair) for pair in zip(logits, chunks, strict=True)]
+
+        scores: list[Tensor] = self(part=part)
+        return scores
 
     def _embedded(self, prompt_BPD: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         """Prompt and input side by side, [B, P + S, D], and the mask of their tokens."""
@@ -144,8 +164,10 @@ class Backbone(nn.Module, ABC):
         """`extend`, for this shape."""
 
     @abstractmethod
-    def _answer_logits(self, prompt_BPD: Tensor, batch: TokenBatch, answers_LT: Tensor) -> Tensor:
-        """`answer_logits`, for this shape."""
+    def _answer_logits(
+        self, prompt_BPD: Tensor, batch: TokenBatch, chunks: Sequence[Tensor]
+    ) -> Iterator[Tensor]:
+        """logits_BLTV of each chunk of answers, for this shape."""
 
     def install_hooks(self) -> None:
         """All ranks: have DeepSpeed bring each sharded block in and out around its use."""

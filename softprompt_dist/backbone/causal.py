@@ -6,7 +6,8 @@ A answers, N = B x A, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -72,20 +73,25 @@ class CausalBackbone(Backbone):
         logits_B1V, state = self._continue(self.embedding(ids_B[:, None]), mask_BL, cache)
         return Reading(logits_B1V[:, -1], state)
 
-    def _answer_logits(self, prompt_BPD: Tensor, batch: TokenBatch, answers_AT: Tensor) -> Tensor:
+    def _answer_logits(
+        self, prompt_BPD: Tensor, batch: TokenBatch, chunks: Sequence[Tensor]
+    ) -> Iterator[Tensor]:
         reading = self._read(prompt_BPD, batch)
-        num_answers, length = answers_AT.shape
-        first_BA1V = reading.logits_BV[:, None, None].expand(-1, num_answers, -1, -1)
-        if length == 1:
-            return first_BA1V
         mask_BL, cache = reading.state
-        cache.batch_repeat_interleave(num_answers)
-        mask_NL = mask_BL.repeat_interleave(num_answers, dim=0)
-        given_NT = answers_AT[:, :-1].repeat(len(prompt_BPD), 1)
-        mask_NL = torch.cat([mask_NL, torch.ones_like(given_NT, dtype=mask_NL.dtype)], dim=1)
-        logits_NTV, _ = self._continue(self.embedding(given_NT), mask_NL, cache)
-        others_BATV = logits_NTV.unflatten(0, (len(prompt_BPD), num_answers))
-        return torch.cat([first_BA1V, others_BATV], dim=2)
+        for answers_AT in chunks:
+            num_answers, length = answers_AT.shape
+            first_BA1V = reading.logits_BV[:, None, None].expand(-1, num_answers, -1, -1)
+            if length == 1:
+                yield first_BA1V
+                continue
+            copies = copy.deepcopy(cache)
+            copies.batch_repeat_interleave(num_answers)
+            mask_NL = mask_BL.repeat_interleave(num_answers, dim=0)
+            given_NT = answers_AT[:, :-1].repeat(len(prompt_BPD), 1)
+            mask_NL = torch.cat([mask_NL, torch.ones_like(given_NT, dtype=mask_NL.dtype)], dim=1)
+            logits_NTV, _ = self._continue(self.embedding(given_NT), mask_NL, copies)
+            others_BATV = logits_NTV.unflatten(0, (len(prompt_BPD), num_answers))
+            yield torch.cat([first_BA1V, others_BATV], dim=2)
 
     def _continue(
         self, embeds_BTD: Tensor, mask_BL: Tensor, cache: DynamicCache

@@ -6,6 +6,8 @@ V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
@@ -28,21 +30,30 @@ class Seq2SeqBackbone(Backbone):
 
     def _read(self, prompt_BPD: Tensor, batch: TokenBatch) -> Reading:
         encoded = self.model.encode(*self._embedded(prompt_BPD, batch))
-        memory = [LayerMemory() for _ in range(self.config.num_decoder_layers)]
         start_B = batch.input_ids_BS.new_full((len(prompt_BPD),), self._start_id)
-        return self._extend(Reading(prompt_BPD.new_empty(0), (encoded, memory)), start_B)
+        state = (encoded, self._new_memory())
+        return self._extend(Reading(prompt_BPD.new_empty(0), state), start_B)
 
     def _extend(self, reading: Reading, ids_B: Tensor) -> Reading:
         encoded, memory = reading.state
         logits_B1V = self.model.extend(encoded, self.embedding(ids_B[:, None]), memory)
         return Reading(logits_B1V[:, -1], reading.state)
 
-    def _answer_logits(self, prompt_BPD: Tensor, batch: TokenBatch, answers_LT: Tensor) -> Tensor:
+    def _answer_logits(
+        self, prompt_BPD: Tensor, batch: TokenBatch, chunks: Sequence[Tensor]
+    ) -> Iterator[Tensor]:
         encoded = self.model.encode(*self._embedded(prompt_BPD, batch))
-        embeds_ND = self.embedding(self._shifted(answers_LT)).flatten(0, 1)
-        embeds_BND = embeds_ND.expand(len(prompt_BPD), -1, -1)
-        logits_BNV: Tensor = self.model.decode(encoded, embeds_BND, num_answers=len(answers_LT))
-        return logits_BNV.unflatten(1, answers_LT.shape)
+        memory = self._new_memory() if len(chunks) > 1 else None
+        for answers_LT in chunks:
+            embeds_ND = self.embedding(self._shifted(answers_LT)).flatten(0, 1)
+            embeds_BND = embeds_ND.expand(len(prompt_BPD), -1, -1)
+            # Keys and values of the encoder's output are kept, those of the last chunk are not.
+            memory = memory and [LayerMemory(encoded=layer.encoded) for layer in memory]
+            logits_BNV = self.model.decode(encoded, embeds_BND, answers_LT.shape[1], memory)
+            yield logits_BNV.unflatten(1, answers_LT.shape)
+
+    def _new_memory(self) -> list[LayerMemory]:
+        return [LayerMemory() for _ in range(self.config.num_decoder_layers)]
 
     def _shifted(self, ids_BT: Tensor) -> Tensor:
         """What the decoder sees when it is to give `ids_BT`."""

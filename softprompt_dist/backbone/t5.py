@@ -112,7 +112,8 @@ class T5(nn.Module):
 
     def forward(self, embeds_BSD: Tensor, mask_BS: Tensor, decoder_embeds_BTD: Tensor) -> Tensor:
         """logits_BTV given embedded input, its mask (1 at tokens) and embedded decoder input."""
-        return self.decode(self.encode(embeds_BSD, mask_BS), decoder_embeds_BTD)
+        encoded = self.encode(embeds_BSD, mask_BS)
+        return self.decode(encoded, decoder_embeds_BTD, decoder_embeds_BTD.shape[1])
 
     def encode(self, embeds_BSD: Tensor, mask_BS: Tensor) -> Encoded:
         """What the decoder looks at, given embedded input and its mask (1 at tokens)."""
@@ -124,16 +125,20 @@ class T5(nn.Module):
             bias_BHSS = torch.where(mask_B11S, bias_BHSS, lowest)
         return Encoded(self.encoder(embeds_BSD, aligned(bias_BHSS)), mask_B11S)
 
-    def decode(self, encoded: Encoded, decoder_embeds_BTD: Tensor, num_answers: int = 1) -> Tensor:
-        """logits_BTV of embedded decoder input.
+    def decode(
+        self,
+        encoded: Encoded,
+        decoder_embeds_BND: Tensor,
+        length: int,
+        memory: Sequence[LayerMemory] | None = None,
+    ) -> Tensor:
+        """logits_BNV of embedded decoder input: answers of `length` tokens behind one another.
 
-        T holds `num_answers` answers of equal length one behind the other, which do not see each
-        other: the encoder's keys and values are computed once for all of them.
+        Answers do not see each other; they share the encoder's keys and values, which `memory`
+        keeps.
         """
-        bias_1HTT = self.decoder.position_bias(decoder_embeds_BTD.shape[1] // num_answers)
-        if num_answers > 1:
-            bias_1HTT = _side_by_side(bias_1HTT, num_answers)
-        return self._decoded(encoded, decoder_embeds_BTD, bias_1HTT)
+        bias_1HTT = self.decoder.position_bias(length)
+        return self._decoded(encoded, decoder_embeds_BND, bias_1HTT, memory)
 
     def extend(
         self, encoded: Encoded, decoder_embeds_B1D: Tensor, memory: Sequence[LayerMemory]
@@ -157,17 +162,6 @@ class T5(nn.Module):
             decoded_BTD = decoded_BTD * self.config.d_model**-0.5
         logits_BTV: Tensor = self.lm_head(decoded_BTD)
         return logits_BTV
-
-
-def _side_by_side(bias_1HTT: Tensor, count: int) -> Tensor:
-    """The bias of `count` answers that do not see each other."""
-    length = bias_1HTT.shape[-1]
-    lowest = torch.finfo(bias_1HTT.dtype).min
-    bias = bias_1HTT.new_full((*bias_1HTT.shape[:2], count * length, count * length), lowest)
-    for start in range(0, count * length, length):
-        own = slice(start, start + length)
-        bias[:, :, own, own] = bias_1HTT
-    return bias
 
 
 def aligned(bias_BHQK: Tensor) -> Tensor:

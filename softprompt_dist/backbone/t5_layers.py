@@ -1,7 +1,7 @@
 """The layers of a lean T5; see `t5.py`.
 
-Axes: B batch, S source positions, T target positions, Q query and K key positions, H heads, E width
-of a head, D model width.
+Axes: B batch, S source positions, T target positions, N those of all answers to a row, M answers to
+all rows, Q query and K key positions, H heads, E width of a head, D model width.
 """
 
 from __future__ import annotations
@@ -176,16 +176,17 @@ class DecoderBlock(nn.Module):
 
     def forward(
         self,
-        hidden_BTD: Tensor,
+        hidden_BND: Tensor,
         encoded_BSD: Tensor,
         bias_1HTT: Tensor,
         mask_B11S: Tensor | None,
         memory: LayerMemory | None = None,
     ) -> Tensor:
-        """[B, T, D]."""
+        """[B, N, D] of N / T answers behind one another, which do not see each other."""
         attention, cross_attention, feed_forward = self.layer
         attended, encoded = (memory.attended, memory.encoded) if memory else (None, None)
-        hidden_BTD = attention(hidden_BTD, bias_1HTT, attended)
-        hidden_BTD = cross_attention(hidden_BTD, encoded_BSD, mask_B11S, encoded)
-        output_BTD: Tensor = feed_forward(hidden_BTD)
-        return output_BTD
+        answers_MTD = hidden_BND.reshape(-1, bias_1HTT.shape[2], hidden_BND.shape[2])
+        hidden_BND = attention(answers_MTD, bias_1HTT, attended).view(hidden_BND.shape)
+        hidden_BND = cross_attention(hidden_BND, encoded_BSD, mask_B11S, encoded)
+        output_BND: Tensor = feed_forward(hidden_BND)
+        return output_BND

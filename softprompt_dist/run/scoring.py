@@ -84,6 +84,19 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class _Turn:
+    """What a rank scores in a round."""
+
+    indices: list[int]
+    """Which inputs."""
+    counts: bool
+    """Whether what is found is an answer, or only keeps the others company."""
+    labels_at_a_time: int
+    fewest_at_a_time: int
+    """Of any rank in this round; those with more pass through the model as often all the same."""
+
+
+@dataclass(frozen=True)
 class Scorer:
     """Makes predictions; the same ones under every sharding and on any number of ranks."""
 
@@ -129,13 +142,15 @@ class Scorer:
             of_example += [start + places.setdefault(e.input_ids, len(places)) for e in block]
             inputs += places
             batches += [[start + i for i in batch] for batch in self._batches(prompt, places, rule)]
+        lengths = [[len(inputs[i]) for i in batch] for batch in batches]
+        sizes = [self._labels_at_a_time(prompt, batch, rule) for batch in lengths]
         mine: list[tuple[int, Prediction]] = []
         with phase(what, len(inputs), "rows") as told:
-            for indices, counts in self._rounds(batches, told):
-                batch = self._collate([inputs[i] for i in indices])
-                predictions = self._predict_batch(prompt, batch, rule)
-                if counts:
-                    mine += zip(indices, predictions, strict=True)
+            for turn in self._rounds(batches, sizes, told):
+                batch = self._collate([inputs[i] for i in turn.indices])
+                predictions = self._predict_batch(prompt, batch, rule, turn)
+                if turn.counts:
+                    mine += zip(turn.indices, predictions, strict=True)
         self.backbone.train(was_training)
         by_place = {i: found for part in ranks.gather_objects(mine) for i, found in part}
         return [by_place[place] for place in of_example]
@@ -152,25 +167,37 @@ class Scorer:
             extra=rule.positions // copies,
         )
 
+    def _labels_at_a_time(self, prompt: SoftPrompt, lengths: list[int], rule: AnswerRule) -> int:
+        """How many labels of a batch's rows are scored together: all, if it has several rows."""
+        if rule.method == "greedy":
+            return 1
+        width, read = max(map(len, rule.labels.ids)), prompt.weight.shape[0] + max(lengths)
+        of_row = self.batch_tokens // len(lengths)
+        repeats = self._repeats_inputs(rule)
+        fitting = of_row // (read + width) if repeats else (of_row - read) // width
+        return min(max(1, fitting), len(rule.labels.ids))
+
     def _rounds(
-        self, batches: Sequence[list[int]], told: Phase
-    ) -> Iterator[tuple[list[int], bool]]:
-        """This rank's batches, and whether they count; all ranks, in as many rounds.
+        self, batches: Sequence[list[int]], sizes: Sequence[int], told: Phase
+    ) -> Iterator[_Turn]:
+        """This rank's batches; all ranks, in as many rounds.
 
         A round is where a run that is asked to stop can end: nothing is half done.
 
         Under ZeRO-3 all ranks must reach every gather: one that has no batch left takes a single
-        row along, whose prediction is thrown away.
+        row along, whose prediction is thrown away, and all take as many passes as the slowest.
         """
         for start in range(0, len(batches), ranks.world_size()):
             if start:
                 settle()
             stop.end_here_if_asked("scoring")
             own = start + ranks.rank()
+            smallest = min(sizes[start : start + ranks.world_size()])
             if own < len(batches):
-                yield batches[own], True
+                most = smallest if self.backbone.sharded else sizes[own]
+                yield _Turn(batches[own], True, sizes[own], most)
             elif self.backbone.sharded:
-                yield batches[-1][-1:], False
+                yield _Turn(batches[-1][-1:], False, sizes[-1], smallest)
             told.advance(sum(map(len, batches[start : start + ranks.world_size()])))
 
     def _repeats_inputs(self, rule: AnswerRule) -> bool:
@@ -185,12 +212,12 @@ class Scorer:
         return collate(examples, pad_id=pad_id, family=self.backbone.family).to(ranks.device())
 
     def _predict_batch(
-        self, prompt: SoftPrompt, batch: TokenBatch, rule: AnswerRule
+        self, prompt: SoftPrompt, batch: TokenBatch, rule: AnswerRule, turn: _Turn
     ) -> list[Prediction]:
         prompt_BPD = prompt(len(batch.input_ids_BS), self.backbone.dtype)
         if rule.method == "greedy":
             return self._generated(prompt_BPD, batch, rule)
-        scores_BA = self._label_scores(prompt_BPD, batch, rule)
+        scores_BA = self._label_scores(prompt_BPD, batch, rule, turn)
         return [
             Prediction(rule.labels.texts[best], tuple(scores))
             for best, scores in zip(
@@ -198,7 +225,9 @@ class Scorer:
             )
         ]
 
-    def _label_scores(self, prompt_BPD: Tensor, batch: TokenBatch, rule: AnswerRule) -> Tensor:
+    def _label_scores(
+        self, prompt_BPD: Tensor, batch: TokenBatch, rule: AnswerRule, turn: _Turn
+    ) -> Tensor:
         """scores_BA: each label's total log-probability, divided as the rule says.
 
         It is that of the label after the prefix, whose own is the same for all.
@@ -211,12 +240,12 @@ class Scorer:
             answers_AT[row, : len(ids)] = torch.tensor(ids)
             mask_AT[row, rule.prefix_tokens : len(ids)] = 1
         answers_AT, mask_AT = answers_AT.to(prompt_BPD.device), mask_AT.to(prompt_BPD.device)
-        logits_BATV = self.backbone.answer_logits(prompt_BPD, batch, answers_AT)
-        targets_BAT = answers_AT.expand(len(prompt_BPD), -1, -1)
-        loss_N = F.cross_entropy(
-            logits_BATV.flatten(0, 2).float(), targets_BAT.flatten(), reduction="none"
+        chunks = answers_AT.split(turn.labels_at_a_time)
+        silent = -(-len(labels.ids) // turn.fewest_at_a_time) - len(chunks)
+        found = self.backbone.score_answers(
+            prompt_BPD, batch, [*chunks, *silent * chunks[-1:]], _log_probabilities
         )
-        scores_BA = -(loss_N.view(targets_BAT.shape) * mask_AT).sum(dim=-1)
+        scores_BA = (torch.cat(found[: len(chunks)], dim=1) * mask_AT).sum(dim=-1)
         return scores_BA / _divisors(rule).to(scores_BA)
 
     def _generated(
@@ -246,6 +275,13 @@ class Scorer:
         if self.backbone.sharded:
             ranks.all_reduce_max(unfinished)
         return unfinished.item() == 0
+
+
+def _log_probabilities(logits_BATV: Tensor, answers_AT: Tensor) -> Tensor:
+    """Of each token of the answers to each row, [B, A, T] in fp32."""
+    targets_BAT = answers_AT.expand(len(logits_BATV), -1, -1)
+    logits_NV = logits_BATV.flatten(0, 2).float()
+    return -F.cross_entropy(logits_NV, targets_BAT.flatten(), reduction="none").view_as(targets_BAT)
 
 
 def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -34,11 +34,13 @@ NUM_ROWS = (23, 3)
 def predictions(folder, settings):
     """By every method, of some rows and of few."""
     stage = Stage(folder, **settings)
-    return {
+    found = {
         f"{method} {count}": stage.predict(stage.rule(method), stage.rows[:count])
         for method in METHODS
         for count in NUM_ROWS
     }
+    # So few positions that ranks pass through the model with one label, or a few, as rows allow.
+    return found | {"rank in parts": stage.predict(stage.rule("rank"), batch_tokens=36)}
 
 
 def predictions_in_cells(folders):

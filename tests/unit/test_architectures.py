@@ -216,7 +216,9 @@ def test_kept_keys_and_values_answer_as_the_whole_row_does(name: str, tmp_path: 
     prompt_PD = reference.make_prompt(backbone.d_model)
     prompt_BPD = prompt_PD.expand(len(LONG), -1, -1)
     batch = collate(LONG, pad_id=0, family="causal")
-    at_once = backbone.answer_logits(prompt_BPD, batch, ANSWERS_AT)
+    at_once = torch.cat(
+        backbone.score_answers(prompt_BPD, batch, ANSWERS_AT.split(1), lambda logits, _: logits), 1
+    )
     for answer, length in enumerate(LENGTHS):
         ids = ANSWERS_AT[answer, :length]
         reading = backbone.read(prompt_BPD, batch)
@@ -248,7 +250,7 @@ def answers_to(backbone: Backbone, rows: list[TokenExample]) -> list[dict[str, t
     prompt_BPD = reference.make_prompt(backbone.d_model).expand(len(rows), -1, -1)
     batch = collate(rows, pad_id=0, family=backbone.family)
     trained = backbone(prompt_BPD, batch)
-    ranked = backbone.answer_logits(prompt_BPD, batch, ANSWERS_AT)
+    (ranked,) = backbone.score_answers(prompt_BPD, batch, [ANSWERS_AT], lambda logits, _: logits)
     reading = backbone.read(prompt_BPD, batch)
     steps = [reading.logits_BV]
     for piece in ANSWERS_AT[0, :-1]:

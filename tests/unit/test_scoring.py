@@ -133,6 +133,34 @@ def test_neither_batches_nor_order_matter(
     assert shuffled == [reference[i] for i in order]
 
 
+@pytest.mark.parametrize("width", [1, 6])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_many_labels_are_ranked_within_the_budget_as_all_at_once(
+    stages: dict[str, Stage], family: str, width: int
+) -> None:
+    stage, budget = stages[family], 64
+    ids = [tuple(range(3 + i, 3 + i + 1 + i % width)) for i in range(100)]
+    rule = AnswerRule("rank", LabelSet(tuple(map(str, ids)), tuple(ids)), 8)
+    rows, positions = stage.rows[:6], []
+
+    def note(_: Any, args: Any, given: Any, __: Any) -> None:
+        count, length, _width = args[0].shape
+        held = given.get("past_key_values")
+        positions.append(count * (held.get_seq_length() if held else length))
+
+    model = stage.backbone.model
+    part = model.lm_head if family == "seq2seq" else model.model.layers[0]
+    hook = part.register_forward_hook(note, with_kwargs=True)
+    few = Scorer(stage.backbone, stage.tokenizer, budget).predict(stage.prompt, rows, rule)
+    hook.remove()
+    every = Scorer(stage.backbone, stage.tokenizer, 100_000).predict(stage.prompt, rows, rule)
+    assert max(positions) <= budget
+    assert [p.text for p in few] == [p.text for p in every]
+    assert len({p.text for p in every}) > 1
+    for found, expected in zip(few, every, strict=True):
+        assert found.label_scores == pytest.approx(expected.label_scores, rel=1e-4)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("normalisation", ["none", "tokens", "characters"])
 def test_label_scores_are_log_likelihoods_by_the_length_named(
