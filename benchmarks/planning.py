@@ -99,14 +99,12 @@ def _load_and_step(path: str, settings: dict[str, Any]) -> None:
 def _batch(work: Workload, vocabulary_size: int) -> Any:
     """Random tokens; one row is padded, as is usual, so that the mask is one for every row."""
     from softprompt_dist.data.batching import TokenBatch
-    from softprompt_dist.parallel import ranks
 
     inputs = torch.randint(vocabulary_size, (work.micro_batch, work.input_length))
     targets = torch.randint(vocabulary_size, (work.micro_batch, work.target_length))
     mask = torch.ones_like(inputs)
     mask[0, -work.input_length // 4 :] = 0
-    tensors = (inputs, mask, targets, torch.ones_like(targets))
-    return TokenBatch(*(tensor.to(ranks.device()) for tensor in tensors))
+    return TokenBatch(inputs, mask, targets, torch.ones_like(targets))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

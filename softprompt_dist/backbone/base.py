@@ -143,13 +143,10 @@ class Backbone(nn.Module, ABC):
         scores: list[Tensor] = self(part=part)
         return scores
 
-    def _embedded(self, prompt_BPD: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        """Prompt and input side by side, [B, P + S, D], and the mask of their tokens."""
+    def _embedded(self, prompt_BPD: Tensor, batch: TokenBatch) -> Tensor:
+        """Prompt and input side by side, [B, P + S, D]."""
         embeds_BSD = self.embedding(batch.input_ids_BS)
-        return (
-            torch.cat([prompt_BPD.to(embeds_BSD.dtype), embeds_BSD], dim=1),
-            _with_prompt(prompt_BPD, batch.input_mask_BS),
-        )
+        return torch.cat([prompt_BPD.to(embeds_BSD.dtype), embeds_BSD], dim=1)
 
     @abstractmethod
     def _logits(self, prompt_BPD: Tensor, batch: TokenBatch) -> Tensor:
@@ -216,6 +213,10 @@ class Backbone(nn.Module, ABC):
             engine.optimizer.release_backward_leftovers()
 
 
-def _with_prompt(prompt_BPD: Tensor, mask_BS: Tensor) -> Tensor:
-    """Prompt positions are always visible (prompt-tuning `masks.py`)."""
+def mask_with_prompt(prompt_BPD: Tensor, batch: TokenBatch) -> Tensor:
+    """mask_BL of prompt and input on the host; prompt positions are always visible.
+
+    As in prompt-tuning's `masks.py`.
+    """
+    mask_BS = batch.input_mask_BS
     return torch.cat([mask_BS.new_ones(prompt_BPD.shape[:2]), mask_BS], dim=1)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from softprompt_dist.backbone.base import Backbone, PositionLimit, Reading
+from softprompt_dist.backbone.base import Backbone, PositionLimit, Reading, mask_with_prompt
 from softprompt_dist.data.batching import Family, TokenBatch
+from softprompt_dist.parallel import ranks
 
 
 class CausalBackbone(Backbone):
@@ -51,19 +52,32 @@ class CausalBackbone(Backbone):
 
     def _logits(self, prompt_BPD: Tensor, batch: TokenBatch) -> Tensor:
         num_targets = batch.target_ids_BT.shape[1]
-        start_BLD, start_mask_BL = self._embedded(prompt_BPD, batch)
-        mask = torch.cat([start_mask_BL, batch.target_mask_BT], dim=1).long()
+        start_BLD, start_mask_BL = self._start(prompt_BPD, batch)
+        mask_BL = torch.cat([start_mask_BL, batch.target_mask_BT.to(start_mask_BL)], dim=1)
         logits: Tensor = self.model(
             inputs_embeds=torch.cat([start_BLD, self.embedding(batch.target_ids_BT)], dim=1),
-            attention_mask=mask,
-            position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
+            **_padding(mask_BL, mask_BL.shape[1], start_BLD.device),
             use_cache=False,
             logits_to_keep=num_targets + 1,
         ).logits
         return logits[:, -num_targets - 1 : -1]
 
+    def _start(self, prompt_BPD: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        """[padding ; prompt ; input] embedded, [B, L, D], and the mask of its tokens."""
+        embeds_BLD = self._embedded(prompt_BPD, batch)
+        mask_BL = mask_with_prompt(prompt_BPD, batch).long()
+        if mask_BL.all():
+            return embeds_BLD, mask_BL
+        # The input's padding lies behind the prompt, where they were put side by side.
+        order_BL = mask_BL.argsort(dim=1, stable=True)
+        # By whole rows: an index for every number would be kept for the backward pass.
+        rows_BL = order_BL + torch.arange(len(order_BL))[:, None] * order_BL.shape[1]
+        rows_N = ranks.sent(rows_BL.flatten(), embeds_BLD.device)
+        embeds_BLD = embeds_BLD.flatten(0, 1).index_select(0, rows_N).view_as(embeds_BLD)
+        return embeds_BLD, mask_BL.take_along_dim(order_BL, 1)
+
     def _read(self, prompt_BPD: Tensor, batch: TokenBatch) -> Reading:
-        embeds_BLD, mask_BL = self._embedded(prompt_BPD, batch)
+        embeds_BLD, mask_BL = self._start(prompt_BPD, batch)
         logits_B1V, state = self._continue(embeds_BLD, mask_BL, DynamicCache())
         return Reading(logits_B1V[:, -1], state)
 
@@ -88,7 +102,7 @@ class CausalBackbone(Backbone):
             copies.batch_repeat_interleave(num_answers)
             mask_NL = mask_BL.repeat_interleave(num_answers, dim=0)
             given_NT = answers_AT[:, :-1].repeat(len(prompt_BPD), 1)
-            mask_NL = torch.cat([mask_NL, torch.ones_like(given_NT, dtype=mask_NL.dtype)], dim=1)
+            mask_NL = torch.cat([mask_NL, torch.ones_like(given_NT)], dim=1)
             logits_NTV, _ = self._continue(self.embedding(given_NT), mask_NL, copies)
             others_BATV = logits_NTV.unflatten(0, (len(prompt_BPD), num_answers))
             yield torch.cat([first_BA1V, others_BATV], dim=2)
@@ -98,27 +112,29 @@ class CausalBackbone(Backbone):
     ) -> tuple[Tensor, tuple[Tensor, DynamicCache]]:
         """Logits behind new tokens, of which the input's is the last one's only; what is held then.
 
-        `mask_BL` is of all tokens, those that `cache` holds and the new ones.
+        `mask_BL`, on the host, is of all tokens, those that `cache` holds and the new ones.
         """
         num_new = embeds_BTD.shape[1]
-        positions_BL = (mask_BL.long().cumsum(dim=1) - 1).clamp(min=0)
         reads_input = cache.get_seq_length() == 0
         logits: Tensor = self.model(
             inputs_embeds=embeds_BTD,
-            attention_mask=mask_BL.long(),
-            position_ids=positions_BL[:, -num_new:],
+            **_padding(mask_BL, num_new, embeds_BTD.device),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1 if reads_input else num_new,
         ).logits
         return logits, (mask_BL, cache)
 
-    def _embedded(self, prompt_BPD: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        embeds_BLD, mask_BL = super()._embedded(prompt_BPD, batch)
-        # The input's padding lies behind the prompt, where its embeddings were put side by side.
-        order_BL = mask_BL.argsort(dim=1, stable=True)
-        # By whole rows: an index for every number would be kept for the backward pass.
-        starts_B1 = torch.arange(len(order_BL), device=order_BL.device)[:, None] * mask_BL.shape[1]
-        rows_N = (starts_B1 + order_BL).flatten()
-        ordered_BLD = embeds_BLD.flatten(0, 1).index_select(0, rows_N).view_as(embeds_BLD)
-        return ordered_BLD, mask_BL.take_along_dim(order_BL, 1)
+
+def _padding(mask_BL: Tensor, num_new: int, device: torch.device) -> dict[str, Tensor]:
+    """What transformers is told of padding, given the host's mask of all tokens.
+
+    Nothing where there is none, so that it need not look at a mask on the device to find out.
+    """
+    if mask_BL.all():
+        return {}
+    positions_BL = (mask_BL.cumsum(dim=1) - 1).clamp(min=0)
+    return {
+        "attention_mask": ranks.sent(mask_BL, device),
+        "position_ids": ranks.sent(positions_BL[:, -num_new:], device),
+    }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from softprompt_dist.parallel import ranks
+
 
 class FrozenEmbedding(nn.Module):
     """Looks tokens up where the table lies, and brings only their rows to the device.
@@ -17,7 +19,8 @@ class FrozenEmbedding(nn.Module):
         self, table_VD: Tensor, device: torch.device, dtype: torch.dtype, scale: float = 1.0
     ) -> None:
         super().__init__()
-        self._scale = scale
+        # Rounded as the model does it, but a number of the host's: no device is asked for it.
+        self._scale = float(torch.tensor(scale).to(dtype))
         self._table_VD = table_VD
         self._device = device
         self._dtype = dtype
@@ -36,7 +39,9 @@ class FrozenEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Rows of the tokens `ids` [...]: [..., D] on the device, in the backbone's type.
 
-        The same however the table is stored and wherever it lies: rows are rounded to that type.
+        Ids best lie on the host, which then waits for nothing. The rows are the same however the
+        table is stored and wherever it lies: they are rounded to that type.
         """
-        rows = self._table_VD[ids.to(self._table_VD.device)].to(self._device).to(self._dtype)
-        return rows if self._scale == 1 else rows * torch.tensor(self._scale).to(rows)
+        rows = self._table_VD[ranks.sent(ids, self._table_VD.device)]
+        rows = ranks.sent(rows, self._device).to(self._dtype)
+        return rows if self._scale == 1 else rows * self._scale

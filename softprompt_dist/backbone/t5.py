@@ -110,16 +110,20 @@ class T5(nn.Module):
         self.decoder = Stack(config, is_decoder=True)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
 
-    def forward(self, embeds_BSD: Tensor, mask_BS: Tensor, decoder_embeds_BTD: Tensor) -> Tensor:
-        """logits_BTV given embedded input, its mask (1 at tokens) and embedded decoder input."""
+    def forward(
+        self, embeds_BSD: Tensor, mask_BS: Tensor | None, decoder_embeds_BTD: Tensor
+    ) -> Tensor:
+        """logits_BTV given embedded input, its mask (see `encode`) and embedded decoder input."""
         encoded = self.encode(embeds_BSD, mask_BS)
         return self.decode(encoded, decoder_embeds_BTD, decoder_embeds_BTD.shape[1])
 
-    def encode(self, embeds_BSD: Tensor, mask_BS: Tensor) -> Encoded:
-        """What the decoder looks at, given embedded input and its mask (1 at tokens)."""
-        padded = not bool(mask_BS.all())
+    def encode(self, embeds_BSD: Tensor, mask_BS: Tensor | None) -> Encoded:
+        """What the decoder looks at, given embedded input.
+
+        Its mask is 1 at tokens, or None where there is no padding.
+        """
         bias_BHSS = self.encoder.position_bias(embeds_BSD.shape[1])
-        mask_B11S = mask_BS[:, None, None, :].bool() if padded else None
+        mask_B11S = None if mask_BS is None else mask_BS[:, None, None, :].bool()
         if mask_B11S is not None:
             lowest = torch.finfo(bias_BHSS.dtype).min
             bias_BHSS = torch.where(mask_B11S, bias_BHSS, lowest)

@@ -56,21 +56,16 @@ class NoTokenError(DataError):
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """B examples padded to S input and T target positions; int64, masks 1 at tokens, else 0."""
+    """B examples padded to S input and T target positions; int64, masks 1 at tokens, else 0.
+
+    It stays on the host: ids are looked up where the embedding table lies, and what else depends on
+    them is known without asking a device.
+    """
 
     input_ids_BS: torch.Tensor
     input_mask_BS: torch.Tensor
     target_ids_BT: torch.Tensor
     target_mask_BT: torch.Tensor
-
-    def to(self, device: torch.device | str) -> TokenBatch:
-        """The same batch on `device`."""
-        return TokenBatch(
-            self.input_ids_BS.to(device),
-            self.input_mask_BS.to(device),
-            self.target_ids_BT.to(device),
-            self.target_mask_BT.to(device),
-        )
 
     @property
     def labels_BT(self) -> torch.Tensor:  # noqa: N802

@@ -94,6 +94,13 @@ def device_name() -> str:
     return torch.cuda.get_device_name(device()) if device().type == "cuda" else "cpu"
 
 
+def sent(tensor: torch.Tensor, to: torch.device) -> torch.Tensor:
+    """The tensor on a device; the host does not wait until the device has done its work so far."""
+    if to.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(to, non_blocking=True)
+    return tensor.to(to)
+
+
 def new_cpu_group() -> dist.ProcessGroup | None:
     """All ranks: a further group of all of them, for tensors on the CPU; None in a world of one."""
     if world_size() == 1:

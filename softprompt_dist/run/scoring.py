@@ -209,7 +209,7 @@ class Scorer:
     def _collate(self, inputs: Sequence[tuple[int, ...]]) -> TokenBatch:
         pad_id = pad_id_of(self.tokenizer)
         examples = [TokenExample(ids, (pad_id,)) for ids in inputs]
-        return collate(examples, pad_id=pad_id, family=self.backbone.family).to(ranks.device())
+        return collate(examples, pad_id=pad_id, family=self.backbone.family)
 
     def _predict_batch(
         self, prompt: SoftPrompt, batch: TokenBatch, rule: AnswerRule, turn: _Turn
@@ -239,14 +239,15 @@ class Scorer:
         for row, ids in enumerate(labels.ids):
             answers_AT[row, : len(ids)] = torch.tensor(ids)
             mask_AT[row, rule.prefix_tokens : len(ids)] = 1
-        answers_AT, mask_AT = answers_AT.to(prompt_BPD.device), mask_AT.to(prompt_BPD.device)
         chunks = answers_AT.split(turn.labels_at_a_time)
         silent = -(-len(labels.ids) // turn.fewest_at_a_time) - len(chunks)
         found = self.backbone.score_answers(
             prompt_BPD, batch, [*chunks, *silent * chunks[-1:]], _log_probabilities
         )
-        scores_BA = (torch.cat(found[: len(chunks)], dim=1) * mask_AT).sum(dim=-1)
-        return scores_BA / _divisors(rule).to(scores_BA)
+        log_probabilities_BAT = torch.cat(found[: len(chunks)], dim=1)
+        device = log_probabilities_BAT.device
+        scores_BA = (log_probabilities_BAT * ranks.sent(mask_AT, device)).sum(dim=-1)
+        return scores_BA / ranks.sent(_divisors(rule), device)
 
     def _generated(
         self, prompt_BPD: Tensor, batch: TokenBatch, rule: AnswerRule
@@ -279,7 +280,7 @@ class Scorer:
 
 def _log_probabilities(logits_BATV: Tensor, answers_AT: Tensor) -> Tensor:
     """Of each token of the answers to each row, [B, A, T] in fp32."""
-    targets_BAT = answers_AT.expand(len(logits_BATV), -1, -1)
+    targets_BAT = ranks.sent(answers_AT, logits_BATV.device).expand(len(logits_BATV), -1, -1)
     logits_NV = logits_BATV.flatten(0, 2).float()
     return -F.cross_entropy(logits_NV, targets_BAT.flatten(), reduction="none").view_as(targets_BAT)
 

@@ -51,7 +51,8 @@ def accumulate_gradient(
         arrive()
     for batch in batches:
         logits_BTV = backbone(prompt(len(batch.input_ids_BS), backbone.dtype), batch)
-        loss = token_loss(logits_BTV, batch.labels_BT, z_loss=z_loss)
+        labels_BT = ranks.sent(batch.labels_BT, logits_BTV.device)
+        loss = token_loss(logits_BTV, labels_BT, z_loss=z_loss)
         loss.total.backward()
         tick()
         sums += torch.stack([loss.total, loss.cross_entropy, loss.num_tokens]).detach().double()

@@ -118,9 +118,9 @@ class TuningRun(Bench):
     def _collate(self, rows: Sequence[TokenExample]) -> TokenBatch:
         pad_id, family = pad_id_of(self.tokenizer), self.backbone.family
         if rows:
-            return collate(rows, pad_id=pad_id, family=family).to(ranks.device())
+            return collate(rows, pad_id=pad_id, family=family)
         anything = self.task.splits["train"].tokens[0]
-        return silent(collate([anything], pad_id=pad_id, family=family)).to(ranks.device())
+        return silent(collate([anything], pad_id=pad_id, family=family))
 
 
 def check_world(config: TuneConfig | AdaptConfig, world_size: int) -> None:

@@ -1,5 +1,4 @@
 import pytest
-import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -96,9 +95,3 @@ def test_inputs_are_padded_on_the_side_of_the_family(family, second_row, second_
 def test_a_target_equal_to_the_pad_id_is_still_a_label():
     batch = collate(PAIRS, pad_id=1, family="causal")
     assert batch.labels_BT.tolist() == [[7, -100], [8, 1]]
-
-
-def test_a_batch_moves_as_a_whole():
-    moved = collate(PAIRS, pad_id=0, family="causal").to("meta")
-    tensors = (moved.input_ids_BS, moved.input_mask_BS, moved.target_ids_BT, moved.target_mask_BT)
-    assert {tensor.device for tensor in tensors} == {torch.device("meta")}
