@@ -99,6 +99,9 @@ class PaddedScorer(CountingScorer):
         size, places = self.work.settings["batch_size"], list(range(len(inputs)))
         return [places[start : start + size] for start in places[::size]]
 
+    def _labels_at_a_time(self, prompt: SoftPrompt, lengths: list[int], rule: AnswerRule) -> int:
+        return max(1, len(rule.labels.ids))
+
     def _collate(self, inputs: Sequence[tuple[int, ...]]) -> TokenBatch:
         batch = Scorer._collate(self, inputs)
         missing = self.work.settings["fixed_length"] - batch.input_ids_BS.shape[1]

@@ -255,11 +255,12 @@ class Scorer:
         """Greedy decoding; under ZeRO-3 the ranks go on until the last of them is done."""
         eos_id = self.tokenizer.eos_token_id
         reading = self.backbone.read(prompt_BPD, batch)
-        finished_B = torch.zeros(len(prompt_BPD), dtype=torch.bool, device=prompt_BPD.device)
+        finished_B = torch.zeros(len(prompt_BPD), dtype=torch.bool)
         columns: list[Tensor] = []
         while True:
             tick()
-            next_B = reading.logits_BV.argmax(dim=-1).masked_fill(finished_B, eos_id)
+            # All that is asked of the device: ends are seen, and ids looked up, on the host.
+            next_B = reading.logits_BV.argmax(dim=-1).cpu().masked_fill(finished_B, eos_id)
             columns.append(next_B)
             finished_B = finished_B | (next_B == eos_id)
             if len(columns) == rule.max_target_tokens or self._all_finished(finished_B):
@@ -274,7 +275,7 @@ class Scorer:
     def _all_finished(self, finished_B: Tensor) -> bool:
         unfinished = (~finished_B).any().float().reshape(1)
         if self.backbone.sharded:
-            ranks.all_reduce_max(unfinished)
+            ranks.all_reduce_max(unfinished := unfinished.to(ranks.device()))
         return unfinished.item() == 0
 
 
