@@ -1,5 +1,6 @@
 """Built corpora and text files as one source: the right tokens anywhere, and damage found."""
 
+import copy
 import json
 import pickle
 import shutil
@@ -7,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from tokenizers import normalizers
 
 from softprompt_dist.data.batching import tokenizer_fingerprint
 from softprompt_dist.data.lm.corpus import (
@@ -226,6 +228,24 @@ def test_another_tokenizer_is_refused(built, tokenizer, tmp_path):
     short = [tokenizer_fingerprint(one)[:12] for one in (tokenizer, other)]
     with pytest.raises(DataError, match=rf"tiny-t5 .*{short[0]}.*{short[1]}.*set `tokenizer`"):
         open_corpus([str(built)], other, tmp_path)
+
+
+def test_a_tokenizer_that_reads_the_same_pieces_otherwise_is_refused(built, tokenizer, tmp_path):
+    other = copy.deepcopy(tokenizer)
+    backend = other.backend_tokenizer
+    backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), backend.normalizer])
+    assert tokenizer_fingerprint(other) == tokenizer_fingerprint(tokenizer)
+    with pytest.raises(DataError, match=r"this run's \(ids_of_probe \w{12} there, \w{12} here"):
+        open_corpus([str(built)], other, tmp_path)
+
+
+def test_a_manifest_of_another_release_is_read(damaged, tokenizer, tmp_path):
+    path = damaged / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["tokenizer"]["ids_of_probe"]  # that of 0.1.0 has none
+    manifest["tokenizer"]["of_a_later_release"] = manifest["of_a_later_release"] = 1
+    path.write_text(json.dumps(manifest))
+    open_corpus([str(damaged)], tokenizer, tmp_path)
 
 
 def test_what_is_no_corpus_is_refused(tmp_path, tokenizer):

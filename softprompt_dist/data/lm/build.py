@@ -29,6 +29,7 @@ from softprompt_dist.data.lm.manifest import (
 from softprompt_dist.data.lm.progress import PROGRESS, Cursor, ProgressFile, hold
 from softprompt_dist.data.lm.shard_sequence import ShardSequence
 from softprompt_dist.data.lm.text_sources import TextSource
+from softprompt_dist.data.tokenizer_identity import tokenizer_identity
 from softprompt_dist.durable import flush_folder
 from softprompt_dist.errors import DataError, MachineError
 from softprompt_dist.progress import counted, phase
@@ -103,15 +104,15 @@ def _prepare(folder: Path) -> bool:
 def _finished(request: BuildRequest, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Manifest:
     """The manifest, if the folder holds what is asked for."""
     found = read_manifest(folder)
-    asked = {
-        "tokenizer": tokenizer_fingerprint(tokenizer),
+    asked: dict[str, Any] = {
+        "tokenizer": [],
         "field": request.field_name,
         "part": request.part,
         "tokens_per_shard": request.tokens_per_shard,
         "sources": _source_records(request.sources),
     }
     there = found.model_dump(include=asked.keys() - {"tokenizer", "sources"}) | {
-        "tokenizer": found.tokenizer.fingerprint,
+        "tokenizer": found.tokenizer.unlike(tokenizer_identity(tokenizer)),
         "sources": found.sources,
     }
     if different := [key for key in asked if asked[key] != there[key]]:
@@ -215,6 +216,7 @@ class _Build:
                 name=Path(self._tokenizer.name_or_path).name or "unnamed",
                 fingerprint=fingerprint,
                 vocabulary_size=self._spec.vocabulary_size,
+                ids_of_probe=str(tokenizer_identity(self._tokenizer)["ids_of_probe"]),
             ),
             token_dtype="uint16" if self._spec.dtype == "<u2" else "uint32",
             field=self._request.field_name,

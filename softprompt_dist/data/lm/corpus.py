@@ -21,6 +21,7 @@ from softprompt_dist.data.lm.progress import PROGRESS
 from softprompt_dist.data.lm.shards import ConcatenatedTokens, Shard
 from softprompt_dist.data.lm.text_sources import FileSource, file_source
 from softprompt_dist.data.lm.token_source import TokenSource
+from softprompt_dist.data.tokenizer_identity import tokenizer_identity
 from softprompt_dist.durable import new_folder
 from softprompt_dist.errors import DataError
 from softprompt_dist.progress import counted
@@ -157,14 +158,14 @@ def _open_one(path: Path, tokenizer: PreTrainedTokenizerBase, cache: Path) -> li
     if not path.is_dir():
         return [_tokenised(file_source(path), tokenizer, cache)]
     found = built_corpora(path)
-    fingerprint = tokenizer_fingerprint(tokenizer)
+    identity = tokenizer_identity(tokenizer)
     for corpus in found:
         made_by = corpus.manifest.tokenizer
-        if made_by.fingerprint != fingerprint:
+        if different := made_by.unlike(identity):
             raise DataError(
-                f"Corpus {corpus.folder} was built with tokenizer {made_by.name} (fingerprint "
-                f"{made_by.fingerprint[:12]}), and this run's has {fingerprint[:12]}. Build it "
-                f"again with this tokenizer, or set `tokenizer` to that one."
+                f"Corpus {corpus.folder} was built with tokenizer {made_by.name} and not with this "
+                f"run's ({'; '.join(different)}). Build it again with this tokenizer, or set "
+                "`tokenizer` to that one."
             )
     return found
 

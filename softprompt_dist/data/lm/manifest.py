@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
+from pydantic import ConfigDict, ValidationError
 
 from softprompt_dist.durable import replace_file
 from softprompt_dist.errors import DataError
@@ -22,7 +22,13 @@ _MAX_BYTES = 1 << 28
 """Of a million shards."""
 
 
-class TokenizerRecord(Section):
+class _Record(Section):
+    """What is read as long as it is known; later releases may add keys."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class TokenizerRecord(_Record):
     """Which tokenizer made the ids."""
 
     name: str
@@ -31,9 +37,20 @@ class TokenizerRecord(Section):
     """`tokenizer_fingerprint`: pieces and ids."""
     vocabulary_size: Positive
     """Largest id plus one."""
+    ids_of_probe: str | None = None
+    """Of `tokenizer_identity`; release 0.1.0 did not note them."""
+
+    def unlike(self, identity: Mapping[str, object]) -> list[str]:
+        """What a tokenizer of this `tokenizer_identity` has otherwise, with both values."""
+        there = {"vocabulary": self.fingerprint, "ids_of_probe": self.ids_of_probe}
+        return [
+            f"{name} {value[:12]} there, {identity[name]!s:.12} here"
+            for name, value in there.items()
+            if value is not None and value != identity[name]
+        ]
 
 
-class SourceRecord(Section):
+class SourceRecord(_Record):
     """What was read."""
 
     name: str
@@ -43,7 +60,7 @@ class SourceRecord(Section):
     """Of a data set of the hub."""
 
 
-class Counts(Section):
+class Counts(_Record):
     """What rows came to."""
 
     documents: NotNegative
@@ -65,7 +82,7 @@ class ShardRecord(Counts):
     offsets_sha256: str
 
 
-class Manifest(Section):
+class Manifest(_Record):
     """All of manifest.json."""
 
     format: Literal["softprompt-corpus"] = "softprompt-corpus"
