@@ -245,16 +245,17 @@ def test_where_gloo_cannot_connect_saves_are_made_in_the_foreground(
     make_config, monkeypatch, caplog
 ):
     def no_network():
-        monkeypatch.setattr(session, "_load", lambda *given: loaded(*given))
+        monkeypatch.setattr(session, "_load", loaded)
         return "rank 1 on n2: no route"
 
     load, order = session._load, []
-    monkeypatch.setattr(session, "_load", lambda *_: pytest.fail("loaded before it was tried"))
+    early = "loaded before it was tried"
+    monkeypatch.setattr(session, "_load", lambda *_, **__: pytest.fail(early))
     monkeypatch.setattr(session, "cpu_group_problem", no_network)
 
-    def loaded(*given):
+    def loaded(*given, **named):
         order.append(caplog.text)
-        return load(*given)
+        return load(*given, **named)
 
     monkeypatch.setattr(
         "softprompt_dist.adaptation.saving.HostCopy.of", lambda *_: pytest.fail("copied")
