@@ -155,8 +155,9 @@ class EvaluationConfig(Section):
     Not counting `task.target_prefix`."""
     max_validation_examples: Positive | None = None
     max_test_examples: Positive | None = None
-    batch_tokens: Positive = 4096
-    """Positions (prompt, longest input and answers, times rows) that a rank scores at a time."""
+    batch_tokens: Positive | None = None
+    """Positions (prompt, longest input and answers, times rows) that a rank scores at a time.
+    Default: 4,096 on CPUs; on GPUs what fits beside the backbone, at most 65,536."""
     early_stopping_patience: Positive | None = None
     """End after so many validations in a row that were no better than the best before."""
 

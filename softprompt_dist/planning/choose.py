@@ -10,8 +10,9 @@ from softprompt_dist.backbone.architecture import Architecture
 from softprompt_dist.backbone.cell import Cell, Workload
 from softprompt_dist.backbone.host_memory import host_bytes
 from softprompt_dist.backbone.memory_model import Memory, predict_memory
+from softprompt_dist.backbone.scoring_memory import scoring_positions
 from softprompt_dist.planning.machine import Machine
-from softprompt_dist.planning.timing import Step, estimate_loading, estimate_step
+from softprompt_dist.planning.timing import Step, estimate_answer, estimate_loading, estimate_step
 from softprompt_dist.planning.work import gather_bytes, offload_bytes, reduce_bytes
 
 _AS_FAST = 1.05
@@ -144,6 +145,15 @@ def largest_micro_batch(question: Question, cell: Cell) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
+
+
+def scoring_of(question: Question, cell: Cell) -> tuple[int, float]:
+    """Positions that a device scores at a time, and seconds for one row on all devices."""
+    architecture, workload, machine = question.architecture, question.workload, question.machine
+    positions = scoring_positions(
+        architecture, cell, workload, machine.cluster, question.device_bytes
+    )
+    return positions, estimate_answer(architecture, cell, workload, machine, positions)
 
 
 def fewest_gpus(question: Question) -> int | None:

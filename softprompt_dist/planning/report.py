@@ -13,6 +13,7 @@ from softprompt_dist.planning.choose import (
     Question,
     fewest_gpus,
     largest_micro_batch,
+    scoring_of,
 )
 from softprompt_dist.planning.timing import ASSUMPTIONS
 from softprompt_dist.planning.work import backward_operations, forward_operations
@@ -106,10 +107,13 @@ def advice(plan: Plan, question: Question, model: str, config_path: str | None) 
     workload, cluster = question.workload, question.machine.cluster
     most = largest_micro_batch(question, plan.cell)
     spare = question.device_bytes - plan.memory.total
+    scored, seconds = scoring_of(question, plan.cell)
     return [
         f"Chosen: {_name(plan.cell)}; {plan.memory.total / 1e9:.1f} GB of a GPU, "
         f"{spare / 1e9:.1f} to spare. Up to micro-batch {most} fits."
         + ("" if config_path else " `--write FILE` writes its ds_config."),
+        f"Scoring: {scored:,} positions at a time (evaluation.batch_tokens, where it is left out); "
+        f"1,000 of the longest rows are answered in about {1000 * seconds:.0f} s.",
         "",
         f"deepspeed --num_gpus {cluster.gpus_per_node} -m softprompt_dist.train --recipe RECIPE \\",
         f"    --deepspeed_config {shlex.quote(config_path or 'FILE')} \\",

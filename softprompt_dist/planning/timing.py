@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from softprompt_dist.backbone.architecture import Architecture
 from softprompt_dist.backbone.cell import Cell, Workload
@@ -73,6 +73,34 @@ def estimate_step(
         gather=gather,
         total=max(compute, gather) + exposed + _reduce_seconds(architecture, workload, machine),
     )
+
+
+def estimate_answer(
+    architecture: Architecture, cell: Cell, workload: Workload, machine: Machine, positions: int
+) -> float:
+    """Seconds for one row of the longest, answered greedily, where all devices score.
+
+    Args:
+        architecture: of the backbone.
+        cell: how it is held.
+        workload: of training; its micro-batch does not count.
+        machine: the devices.
+        positions: that a device scores at a time.
+    """
+    rows = max(1, positions // (workload.num_positions(architecture) + workload.target_length))
+    sizes = [cell.block_bytes(block) for block in architecture.blocks()]
+    # An encoder reads once; a decoder-only model's every layer sees every token.
+    decoding = sizes[architecture.num_layers if architecture.num_decoder_layers else 0 :]
+    gather = _gather_seconds(architecture, cell, machine) / (2 * sum(sizes) - sum(sizes[-2:]))
+    work = replace(workload, micro_batch=rows)
+    reading = _pass_seconds(architecture, cell, work, machine, backward=False)
+    token = max(
+        sum(decoding) / (machine.gpu.memory_gb_per_second * 1e9),
+        len(decoding) * _LAUNCH_SECONDS[cell.sharding],
+        sum(decoding) * gather,
+    )
+    seconds = max(reading, sum(sizes) * gather) + workload.target_length * token
+    return seconds / (rows * machine.cluster.num_gpus)
 
 
 def estimate_loading(

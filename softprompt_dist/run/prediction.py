@@ -85,7 +85,7 @@ def _answer_all(
         first_limit = limit
         ranks.on_main(partial(desk.write, predictions, rule.labels.texts))
         blocks = ranks.on_main(lambda: desk.next_blocks(encode))
-    ranks.on_main(desk.finish)
+    ranks.on_main(lambda: desk.finish(bench.scorer.batch_tokens))
 
 
 def _checked_reader(config: TuneConfig) -> TaskReader:

@@ -148,9 +148,14 @@ class PredictionDesk:
         lines = "".join(prediction_lines(window.rows, predictions, labels)).encode()
         self.output.append(lines, window.sha256, totals)
 
-    def finish(self) -> None:
-        """Note that all is done, and say what there is to say of it."""
-        self.output.finish(self._input_file, describe_environment())
+    def finish(self, batch_tokens: int | None = None) -> None:
+        """Note that all is done, and say what there is to say of it.
+
+        Args:
+            batch_tokens: positions that were scored at a time; None where nothing was left to do.
+        """
+        environment = describe_environment() | {"evaluation_batch_tokens": batch_tokens}
+        self.output.finish(self._input_file, environment)
         totals, name = self.output.totals, self._request.input.name
         _say(f"{totals.rows} rows, {totals.predictions} predictions: {self._request.output}")
         if totals.truncated_inputs:

@@ -60,7 +60,9 @@ def train(
             state = restore(run, checkpoint, force=force)
         attempt.reopen()  # only now: a recipe that does not belong here leaves all as it was
         # Only once the checkpoint has been found to belong to this recipe.
-        directory.record(to_yaml(config), describe_environment(), _data_records(run))
+        used = {"evaluation_batch_tokens": run.scorer.batch_tokens}
+        environment = describe_environment() | used
+        directory.record(to_yaml(config), environment, _data_records(run))
         with Journal(directory, config.steps, start_step=state.step) as journal:
             window = config.health.spike_window
             losses, spikes = ranks.on_main(lambda: loss_history(directory.metrics, window))
@@ -140,5 +142,6 @@ def _headline(run: TuningRun, step: int) -> str:
             task.name: {name: len(split.texts) for name, split in task.splits.items()}
             for task in run.tasks
         },
+        "positions scored at a time": run.scorer.batch_tokens,
     }
     return f"{config.name}: {start}, {config.steps} steps. " + json.dumps(facts)

@@ -37,7 +37,7 @@ from softprompt_dist.prompt.module import SoftPrompt
 from softprompt_dist.run.loaded_task import LoadedTask, Split, TextReader, read_task
 from softprompt_dist.run.optimizer import build_optimizer
 from softprompt_dist.run.random_state import derived_random_state, restore_random_state
-from softprompt_dist.run.room import assert_room
+from softprompt_dist.run.room import assert_room, scoring_budget
 from softprompt_dist.run.scoring import Prediction, Scorer, pad_id_of
 from softprompt_dist.run.transfer import transfer_target
 
@@ -176,7 +176,10 @@ def build_bench(
     identity = dataclasses.replace(backbone.identity, tokenizer=known)
     assert_same_on_all_ranks(identity.digest, "The digest of the backbone's identity")
     ranks.together(lambda: _check_positions(config, backbone, [*texts.tasks, *texts.transfers]))
-    scorer = Scorer(backbone, tokenizer, config.evaluation.batch_tokens)
+    budget = scoring_budget(config, texts.folder)
+    evaluation = config.evaluation.model_copy(update={"batch_tokens": budget})
+    config = config.model_copy(update={"evaluation": evaluation})
+    scorer = Scorer(backbone, tokenizer, budget)
     return Bench(config, texts.reader, texts.tasks, backbone, identity, scorer, texts.transfers)
 
 

@@ -1,5 +1,11 @@
+from softprompt_dist.backbone.cell import Cell, Workload
+from softprompt_dist.backbone.scoring_memory import position_bytes
+from softprompt_dist.config import TuneConfig
 from softprompt_dist.errors import ConfigError, DataError, SoftpromptError
 from softprompt_dist.parallel import ranks
+from softprompt_dist.parallel.node_memory import NodeMemory
+from softprompt_dist.planning.models import find_architecture
+from softprompt_dist.run import room
 
 
 def _fail(error):
@@ -40,3 +46,15 @@ def test_all_ranks_raise_the_same_error_and_stay_in_step(run_on_ranks):
         "on_main, fails": "DataError: on rank 0",
         "still in step": [0, 1],
     }
+
+
+def budget_where_the_second_gpu_is_half_full(folder):
+    position = position_bytes(find_architecture(str(folder)), Cell(), Workload(1, 100, 512))
+    free = position * (5000 if ranks.is_main() else 3000)
+    room.device_memory = lambda: NodeMemory(free, 80 * 10**9)
+    config = TuneConfig.model_validate({"backbone": {"path": str(folder)}})
+    return room.scoring_budget(config, folder)
+
+
+def test_all_ranks_score_as_many_positions_as_fit_the_fullest_gpu(run_on_ranks, tiny_t5):
+    assert run_on_ranks(budget_where_the_second_gpu_is_half_full, 2, folder=tiny_t5) == [3000, 3000]

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
+from benchmarks.saved_activations import LiveBytes
 from softprompt_dist.backbone.activations import activation_bytes, kept_bytes
 from softprompt_dist.backbone.architecture import Architecture
 from softprompt_dist.backbone.cell import Cell, Workload
 from softprompt_dist.backbone.load import load_backbone
+from softprompt_dist.backbone.scoring_memory import position_bytes
 from softprompt_dist.config import BackboneConfig
 from softprompt_dist.data.batching import TokenBatch
 from softprompt_dist.planning.models import find_architecture
@@ -55,19 +57,23 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return save_model(LlamaForCausalLM(llama), tmp_path)
 
 
+def make_batch(work: Workload) -> TokenBatch:
+    """Rows as long as can be, but for one."""
+    ids_BS = torch.ones(work.micro_batch, work.input_length, dtype=torch.long)
+    mask_BS = torch.ones_like(ids_BS)
+    mask_BS[0, -9:] = 0
+    ids_BT = torch.ones(work.micro_batch, work.target_length, dtype=torch.long)
+    return TokenBatch(ids_BS, mask_BS, ids_BT, torch.ones_like(ids_BT))
+
+
 def kept_for_backward(folder: Path, **settings: object) -> int:
     """Bytes of all storages that a forward pass leaves with autograd, weights apart."""
     section = {"path": str(folder), "sharding": "replicated", "dtype": "fp32", **settings}
     backbone = load_backbone(BackboneConfig.model_validate(section))
-    ids_BS = torch.ones(WORK.micro_batch, WORK.input_length, dtype=torch.long)
-    mask_BS = torch.ones_like(ids_BS)
-    mask_BS[0, -9:] = 0
-    ids_BT = torch.ones(WORK.micro_batch, WORK.target_length, dtype=torch.long)
-    batch = TokenBatch(ids_BS, mask_BS, ids_BT, torch.ones_like(ids_BT))
     prompt_PD = torch.randn(WORK.prompt_length, backbone.d_model, requires_grad=True)
     rows_BPD = prompt_PD.expand(WORK.micro_batch, -1, -1)
     weights = (tensor for _, tensor in backbone.held_tensors())
-    return bytes_kept(lambda: backbone(rows_BPD, batch), weights)
+    return bytes_kept(lambda: backbone(rows_BPD, make_batch(WORK)), weights)
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "every_2", "full"])
@@ -105,3 +111,44 @@ def test_dropout_on_a_gpu_keeps_what_is_predicted(
     assert predicted == pytest.approx(measured, rel=0.05)
     masks = predicted - kept_bytes(architecture, Cell(dtype=dtype), WORK)
     assert (masks > 0) == (architecture.family == "seq2seq")
+
+
+class PeakBytes(LiveBytes):
+    """The most bytes that operations had made and that were alive at once."""
+
+    peak = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = super().__torch_dispatch__(function, types, args, kwargs)
+        self.peak = max(self.peak, self.total)
+        return result
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@torch.no_grad()
+def test_scoring_takes_no_more_than_is_predicted(
+    folder: Path, dtype: Literal["fp32", "bf16"]
+) -> None:
+    section = {"path": str(folder), "sharding": "replicated", "dtype": dtype}
+    backbone = load_backbone(BackboneConfig.model_validate(section))
+    work = Workload(micro_batch=8, prompt_length=8, input_length=120, target_length=0)
+    prompt_BPD = torch.randn(work.prompt_length, backbone.d_model).expand(work.micro_batch, -1, -1)
+    with PeakBytes(backbone) as greedy:
+        reading = backbone.read(prompt_BPD, make_batch(work))
+        for _ in range(4):
+            reading = backbone.extend(reading, torch.ones(work.micro_batch, dtype=torch.long))
+    del reading
+    with PeakBytes(backbone) as rank:
+        answers_AT = torch.ones(3, 4, dtype=torch.long)
+        backbone.score_answers(
+            prompt_BPD, make_batch(work), [answers_AT], lambda logits, _: logits.log_softmax(-1)
+        )
+    architecture = find_architecture(str(folder))
+    predicted = position_bytes(architecture, Cell(dtype=dtype), work)
+    length = work.prompt_length + work.input_length
+    assert 0.5 * predicted < greedy.peak / (work.micro_batch * length) < predicted
+    # As `Scorer` counts them: a decoder-only model holds the input once for each answer.
+    counted = 3 * (length + 4) if architecture.family == "causal" else length + 3 * 4
+    assert rank.peak / (work.micro_batch * counted) < predicted
