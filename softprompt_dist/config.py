@@ -55,6 +55,9 @@ class BackboneConfig(Section):
     """Dropout inside the frozen model while tuning; the paper's code has 0.1 in effect."""
     max_input_tokens: Positive = 512
     """Longer inputs are cut, counted and reported."""
+    prepend_bos: bool | None = None
+    """Decoder-only: whether the begin-of-sequence piece stands before each input, behind the prompt
+    (as PEFT has it). Default: as the tokenizer itself does."""
 
     def held_by(self, num_ranks: int) -> BackboneConfig:
         """As so many ranks hold it: one alone has nobody to share with, and so holds it whole."""

@@ -81,6 +81,9 @@ class TaskConfig(Section):
     target_prefix: str | None = None
     """A special piece such as `<extra_id_0>` put in front of every target and taken off every
     answer: for T5s that know span corruption alone (the paper's section 2.2)."""
+    target_separator: str | None = None
+    """Decoder-only: text before each target that does not begin with white space. Default: a space,
+    where the tokenizer gives it to the word behind it and input_template does not end in one."""
     max_examples: Positive | None = None
     """Use only n training examples (after the split), a fair sample that is always the same."""
     skip_bad_rows: bool = False

@@ -81,15 +81,16 @@ def tokenise(  # noqa: PLR0913 - all that ids depend on
     max_input_tokens: int,
     append_eos: bool,
     target_prefix: str | None = None,
+    input_start: tuple[int, ...] = (),
 ) -> Tokenised:
     """Ids of inputs and targets; inputs of more than `max_input_tokens` ids are cut and counted.
 
     No text is a special piece, whatever is spelt in it: see `softprompt_dist.data.encoding`.
 
     seq2seq: the input ends in the end-of-sequence piece, which counts, and loses its end when cut
-    (as in T5). causal: no special tokens, and it loses its beginning, since the target continues
-    its end. `append_eos` adds the end-of-sequence piece to the target, and `target_prefix` is the
-    piece in front of it.
+    (as in T5). causal: it begins with `input_start` (see `bos_ids`), which counts, too, and what is
+    behind that loses its beginning, since the target continues its end. `append_eos` adds the
+    end-of-sequence piece to the target, and `target_prefix` is the piece in front of it.
 
     Raises:
         ConfigError: see `target_prefix_ids`.
@@ -103,7 +104,7 @@ def tokenise(  # noqa: PLR0913 - all that ids depend on
     rows, targets = _encode(
         tokenizer, [e.input_text for e in examples], [e.target_text for e in examples]
     )
-    inputs = _inputs(rows, tokenizer, family, max_input_tokens)
+    inputs = _inputs(rows, tokenizer, family, max_input_tokens, input_start)
     return Tokenised(
         tuple(
             TokenExample(example.input_ids, (*target_start, *target, *target_end))
@@ -119,6 +120,7 @@ def tokenise_inputs(
     *,
     family: Family,
     max_input_tokens: int,
+    input_start: tuple[int, ...] = (),
 ) -> Tokenised:
     """As `tokenise`, of inputs to which nobody knows a target.
 
@@ -128,7 +130,7 @@ def tokenise_inputs(
     if not texts:
         return Tokenised((), 0)
     (rows,) = _encode(tokenizer, texts)
-    return _inputs(rows, tokenizer, family, max_input_tokens)
+    return _inputs(rows, tokenizer, family, max_input_tokens, input_start)
 
 
 def _inputs(
@@ -136,11 +138,12 @@ def _inputs(
     tokenizer: PreTrainedTokenizerBase,
     family: Family,
     max_input_tokens: int,
+    start: tuple[int, ...],
 ) -> Tokenised:
     end = end_of_sequence(tokenizer) if family == "seq2seq" else ()
-    room = max_input_tokens - len(end)
+    room = max_input_tokens - len(start) - len(end)
     return Tokenised(
-        tuple(TokenExample((*_cut(ids, room, family), *end), ()) for ids in rows),
+        tuple(TokenExample((*start, *_cut(ids, room, family), *end), ()) for ids in rows),
         num_truncated=sum(len(ids) > room for ids in rows),
     )
 
@@ -158,6 +161,27 @@ def end_of_sequence(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
             "tokenizer's config."
         )
     return (tokenizer.eos_token_id,)
+
+
+def bos_ids(
+    tokenizer: PreTrainedTokenizerBase, family: Family, wanted: bool | None
+) -> tuple[int, ...]:
+    """What stands before every input: the begin-of-sequence piece, or nothing.
+
+    None, which is the default, means what the tokenizer itself does, as the model was trained.
+
+    Raises:
+        ConfigError: it is wanted, and the backbone is no decoder-only one or has no such piece.
+    """
+    bos = tokenizer.bos_token_id
+    if wanted and (family == "seq2seq" or bos is None):
+        why = "is an encoder-decoder" if family == "seq2seq" else "has no such piece (bos_token)"
+        raise ConfigError(
+            f"backbone.prepend_bos is true, but this backbone {why}. Leave prepend_bos out."
+        )
+    if wanted is None:
+        wanted = family == "causal" and bos is not None and tokenizer("a").input_ids[:1] == [bos]
+    return (bos,) if wanted else ()
 
 
 def target_prefix_ids(
@@ -224,7 +248,7 @@ def _pad(
 
 
 def _cut(ids: Sequence[int], room: int, family: Family) -> Sequence[int]:
-    return ids[:room] if family == "seq2seq" else ids[-room:]
+    return ids[:room] if family == "seq2seq" else ids[max(0, len(ids) - room) :]
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, *columns: Sequence[str]) -> list[list[list[int]]]:

@@ -60,6 +60,7 @@ def tokens_of(  # noqa: PLR0913 - as `tokenise`
     max_input_tokens: int,
     append_eos: bool,
     target_prefix: str | None = None,
+    input_start: tuple[int, ...] = (),
 ) -> TokenTable:
     """All ranks: what `tokenise` makes of the examples that have tokens; see `left_out`.
 
@@ -82,11 +83,13 @@ def tokens_of(  # noqa: PLR0913 - as `tokenise`
                 max_input_tokens=max_input_tokens,
                 append_eos=append_eos,
                 target_prefix=target_prefix,
+                input_start=input_start,
             ),
         )
 
     def find_or_make() -> TokenTable:
-        settings = [family, max_input_tokens, append_eos, target_prefix, _exact_state(tokenizer)]
+        added = [append_eos, target_prefix, input_start]
+        settings = [family, max_input_tokens, *added, _exact_state(tokenizer)]
         return _kept(f"{_key(examples, settings)}.arrow", make)
 
     is_kept = len(examples) >= FEWEST_ROWS_KEPT

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
 from softprompt_dist.config import EvaluationConfig, TuneConfig
-from softprompt_dist.data.batching import Family, target_prefix_ids, tokenise
+from softprompt_dist.data.batching import Family, bos_ids, target_prefix_ids, tokenise
 from softprompt_dist.data.examples import Example
 from softprompt_dist.data.floors import has_floors
 from softprompt_dist.data.order import ExampleOrder
@@ -20,6 +21,7 @@ from softprompt_dist.data.tasks import TaskData, load_task, task_reader
 from softprompt_dist.data.textless import without_textless
 from softprompt_dist.data.token_cache import tokens_of
 from softprompt_dist.data.token_table import TokenTable
+from softprompt_dist.data.wording import spelt_targets, tell_of_special_pieces
 from softprompt_dist.errors import ConfigError, DataError
 from softprompt_dist.metrics.answer import Answer
 from softprompt_dist.metrics.answer_text import translate
@@ -162,7 +164,7 @@ class TextReader:
             SoftpromptError: see `tokenise`; or the way of finding or judging answers does not suit
                 the task.
         """
-        self._tell_of_special_pieces(config, data.labels)
+        tell_of_special_pieces(config, data.labels, self.tokenizer)
         tokens = {}
         for name in splits:
             data, tokens[name] = self._tokens(config, name, data)
@@ -196,12 +198,13 @@ class TextReader:
 
     def _table(self, task: TaskConfig, split: str, examples: Sequence[Example]) -> TokenTable:
         table = tokens_of(
-            examples,
+            self._spelt_examples(task, examples),
             self.tokenizer,
             family=self.family,
             max_input_tokens=self.config.backbone.max_input_tokens,
             append_eos=task.append_eos,
             target_prefix=task.target_prefix,
+            input_start=self.input_start,
         )
         if table.num_truncated and ranks.is_main():
             log.warning(
@@ -215,16 +218,21 @@ class TextReader:
             )
         return table
 
-    def _tell_of_special_pieces(self, task: TaskConfig, labels: Sequence[str]) -> None:
-        texts = ("" if task.catalogue else task.input_template or "", *labels)
-        spelt = [p for p in self.tokenizer.all_special_tokens if any(p in text for text in texts)]
-        if spelt and ranks.is_main():
-            log.warning(
-                "%s in the template or a label of %s is text as any other, not the special piece "
-                "of the tokenizer; task.target_prefix is the way to ask for one.",
-                ", ".join(map(repr, spelt)),
-                task.name,
-            )
+    @cached_property
+    def input_start(self) -> tuple[int, ...]:
+        """What every input begins with; see `bos_ids`."""
+        return bos_ids(self.tokenizer, self.family, self.config.backbone.prepend_bos)
+
+    def spelt(self, task: TaskConfig, targets: Sequence[str]) -> Sequence[str]:
+        """See `spelt_targets`."""
+        return spelt_targets(targets, task, self.tokenizer, self.family)
+
+    def _spelt_examples(self, task: TaskConfig, examples: Sequence[Example]) -> Sequence[Example]:
+        texts = [example.target_text for example in examples]
+        targets = self.spelt(task, texts)
+        if targets == texts:
+            return examples
+        return [replace(e, target_text=t) for e, t in zip(examples, targets, strict=True)]
 
     def _labels(self, task: TaskConfig, data: TaskData) -> LabelSet:
         find_metrics(data.metrics, data.labels)
@@ -261,7 +269,7 @@ class TextReader:
         """
         prefix_ids = self.prefix_ids(task)
         tokens = tokenise(
-            [Example(label, label) for label in labels],
+            [Example(label, label) for label in self.spelt(task, labels)],
             self.tokenizer,
             family=self.family,
             max_input_tokens=self.config.backbone.max_input_tokens,

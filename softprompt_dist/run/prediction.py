@@ -111,6 +111,7 @@ def _encoder(texts: TextReader) -> Encode:
             texts.tokenizer,
             family=texts.family,
             max_input_tokens=texts.config.backbone.max_input_tokens,
+            input_start=texts.input_start,
         )
 
     return encode

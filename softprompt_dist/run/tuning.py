@@ -286,7 +286,11 @@ def _initial_prompt(bench: Bench, *, force: bool) -> Tensor:
         embed=bench.backbone.embed,
         vocabulary_size=bench.backbone.vocabulary_size,
         encode=lambda text: encode_texts([text], bench.tokenizer)[0],
-        labels=tuple(dict.fromkeys(x for task in bench.tasks for x in task.data.labels)),
+        labels=tuple(
+            dict.fromkeys(
+                x for task in bench.tasks for x in bench.reader.spelt(task.config, task.data.labels)
+            )
+        ),
         d_model=bench.backbone.d_model,
         generator=torch.Generator().manual_seed(bench.config.seed),
         backbone=bench.identity,
