@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from softprompt_dist.errors import SoftpromptError, StoppedError
+from softprompt_dist.lifecycle.beside import Beside
 from softprompt_dist.lifecycle.heartbeat import Heartbeat
 from softprompt_dist.lifecycle.ownership import Owner, Ownership
 from softprompt_dist.lifecycle.watchdog import Watchdog, doing, tick, watched
@@ -75,6 +76,7 @@ class Attempt:
         self._phases = ExitStack()
         self._looked = 0.0
         self._found = (0, 0)
+        self._looking = Beside(self._look_now)
         self.steps_before = 0
         """Of a run in stages: all steps of the stages before this one, whose own begin at 1."""
 
@@ -202,8 +204,11 @@ class Attempt:
     def _look(self) -> tuple[int, int]:
         if ranks.is_main() and time.monotonic() - self._looked >= _LOOK_SECONDS:
             self._looked = time.monotonic()
-            self._found = (int(os.path.exists(self.files.stop)), int(self._ownership.is_over()))
+            self._looking.run()
         return self._found
+
+    def _look_now(self) -> None:
+        self._found = (int(os.path.exists(self.files.stop)), int(self._ownership.is_over()))
 
     def _tell(self, error: SoftpromptError) -> None:
         # Where nobody knows whose the directory is, what stands there may be another's word.

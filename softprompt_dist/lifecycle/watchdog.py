@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from softprompt_dist.errors import HangError
+from softprompt_dist.lifecycle.beside import Beside
 from softprompt_dist.outcome_files import record_failure
 from softprompt_dist.progress import phase
 from softprompt_dist.section import HealthConfig
@@ -173,6 +174,4 @@ def _within(seconds: float, work: Callable[[], object]) -> None:
         with suppress(Exception):
             work()
 
-    thread = threading.Thread(target=attempt, daemon=True)
-    thread.start()
-    thread.join(seconds)
+    Beside(attempt).run(seconds)

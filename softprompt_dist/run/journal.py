@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Mapping
 from functools import partial
 from types import TracebackType
 from typing import Any
 
 from softprompt_dist.errors import MachineError
+from softprompt_dist.lifecycle.beside import Beside
 from softprompt_dist.parallel import ranks
 from softprompt_dist.run.directory import RunDirectory
 from softprompt_dist.run.display import TRAIN, Display, Formats, Silence, open_display
@@ -17,6 +19,8 @@ from softprompt_dist.run.metrics_file import MetricsFile
 
 log = logging.getLogger(__name__)
 
+_LAST_SECONDS = 30.0
+"""For what is being written when a run ends: a disk that hangs must not keep it from that."""
 _SECONDS_WITHOUT_EVENTS = 60.0
 """After an error of TensorBoard's writer, until there is another."""
 
@@ -39,6 +43,8 @@ class Journal:
         shown: Formats | None = None,
     ) -> None:
         self._file: MetricsFile | None = None
+        self._entries = deque[tuple[int, str, dict[str, float]]]()
+        self._writer = Beside(self._write)
         self._events: Any = None
         self._events_from = 0.0
         self._display: Display = Silence()
@@ -65,11 +71,8 @@ class Journal:
         if self._file is None:
             return
         values = {name: float(value) for name, value in metrics.items()}
-        try:
-            self._file.append(step, kind, values)
-        except OSError as error:
-            self._warn(f"the metrics of step {step} cannot be written yet: {error}")
-        self._add_events(step, kind, values)
+        self._entries.append((step, kind, values))
+        self._writer.run()
         self._display.show(step, kind, values)
 
     def passed(self, step: int) -> None:
@@ -85,12 +88,24 @@ class Journal:
         if self._file is None:
             return
         self._display.close()
+        self._writer.wait(_LAST_SECONDS)
+        self._writer.run(_LAST_SECONDS)
         try:
             if self._events is not None:
                 self._events.close()
         except OSError as error:
             self._warn(f"the last TensorBoard events are lost: {error}")
         self._file = None
+
+    def _write(self) -> None:
+        file = self._file
+        while self._entries and file is not None:
+            step, kind, values = self._entries.popleft()
+            try:
+                file.append(step, kind, values)
+            except OSError as error:
+                self._warn(f"the metrics of step {step} cannot be written yet: {error}")
+            self._add_events(step, kind, values)
 
     def _add_events(self, step: int, kind: str, values: Mapping[str, float]) -> None:
         if time.monotonic() < self._events_from:

@@ -13,10 +13,12 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +26,7 @@ from softprompt_dist import durable
 from softprompt_dist.config import TuneConfig
 from softprompt_dist.errors import CheckpointError, NonFiniteLossError, StoppedError
 from softprompt_dist.lifecycle import attempt as attempt_module
-from softprompt_dist.lifecycle import ownership
+from softprompt_dist.lifecycle import beside, ownership
 from softprompt_dist.parallel import stop
 from softprompt_dist.recipe import load_recipe
 from softprompt_dist.run import checkpoint as checkpoint_module
@@ -250,6 +252,40 @@ def test_a_network_disk_that_is_away_now_and_then_costs_nothing(
     run_dir = tune("run")
     assert_same_end(run_dir, undisturbed[0])
     assert (run_dir / "DONE").read_text() == f"{LAST}\n"
+
+
+@pytest.mark.drill("D39")
+def test_a_disk_that_hangs_keeps_nobody_from_training_until_the_next_save(
+    tune: Tune, undisturbed: tuple[Path, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hangs, answers = threading.Event(), threading.Event()
+    rate, read_bytes, open_file = loop.learning_rate_at, Path.read_bytes, Path.open
+
+    def waits(is_meant: bool) -> None:
+        if is_meant and hangs.is_set():
+            assert answers.wait(60)
+
+    def read(path: Path) -> bytes:
+        waits(path.name == "attempt.json")
+        return read_bytes(path)
+
+    def opened(path: Path, mode: str = "r", *given: Any, **named: Any) -> Any:
+        waits(mode == "a")
+        return open_file(path, mode, *given, **named)
+
+    def rate_at(settings: object, steps_done: int) -> float:
+        if steps_done == 7:
+            hangs.set()
+        if steps_done == 11:  # so four steps were made meanwhile
+            assert not answers.is_set()
+            answers.set()
+        return rate(settings, steps_done)
+
+    monkeypatch.setattr(beside, "_SECONDS", 0.05)
+    monkeypatch.setattr(Path, "read_bytes", read)
+    monkeypatch.setattr(Path, "open", opened)
+    monkeypatch.setattr(loop, "learning_rate_at", rate_at)
+    assert_same_end(tune("run", "checkpoint.every_steps=6"), undisturbed[0])
 
 
 @pytest.mark.drill("D7", "D39")
