@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -18,6 +19,9 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+
+from softprompt_dist.adaptation.model import TrainableT5
+from softprompt_dist.backbone.t5_v11 import draw_weights
 
 _SIZES = {
     "vocab_size": 53,
@@ -83,6 +87,27 @@ def make_t5(vocab_size: int = 128, seed: int = 0, d_model: int = 32) -> T5ForCon
         )
     )
     model.lm_head.weight = torch.nn.Parameter(torch.randn(vocab_size, d_model) * d_model**-0.5)
+    return model.eval()
+
+
+def new_weights(config: T5Config, seed: int) -> dict[str, torch.Tensor]:
+    """Name -> weight of a T5 v1.1 that is made from nothing."""
+    with init_empty_weights():
+        model = TrainableT5(config)
+    weights = {}
+    for name, p in model.named_parameters():
+        parts = draw_weights(config, seed, name, p.numel(), range(p.numel()))
+        weights[name] = torch.cat([*parts]).view(p.shape)
+    return weights
+
+
+def with_weights(config: T5Config, seed: int) -> T5ForConditionalGeneration:
+    """transformers' model with these weights, its head untied."""
+    model = T5ForConditionalGeneration(config)
+    model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
+    missing, unexpected = model.load_state_dict(new_weights(config, seed), strict=False)
+    assert not unexpected
+    assert all("embed_tokens" in name for name in missing)
     return model.eval()
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
@@ -38,7 +37,7 @@ from softprompt_dist.backbone.load import (
     pieces_without_a_row,
 )
 from softprompt_dist.backbone.skeleton import build_skeleton
-from softprompt_dist.backbone.t5_v11 import initial_weights, t5_config
+from softprompt_dist.backbone.t5_v11 import draw_weights, t5_config
 from softprompt_dist.config import BackboneConfig
 from softprompt_dist.data.lm.special_ids import SpecialIds
 from softprompt_dist.data.tokenizer_identity import tokenizer_identity
@@ -100,7 +99,7 @@ class Source:
         """
         if self.folder is None:
             with phase("making the weights"):
-                _copy_into(layout, initial_weights(self.hf_config, self.seed))
+                _draw_into(layout, self.hf_config, self.seed)
             return
         folder = self.folder
         names = ranks.together(lambda: _stored_names(folder, layout, self.hf_config))
@@ -281,8 +280,10 @@ def _check_head(reader: CheckpointReader, hf_config: PretrainedConfig) -> None:
 
 
 @torch.no_grad()
-def _copy_into(layout: Layout, weights: dict[str, Tensor]) -> None:
+def _draw_into(layout: Layout, hf_config: PretrainedConfig, seed: int) -> None:
     for name, tensor in layout.weights().items():
         for piece in tensor.pieces:
-            values = weights[name].reshape(-1)
-            piece.values.copy_(values[piece.first : piece.first + len(piece.values)])
+            part, filled = range(piece.first, piece.first + len(piece.values)), 0
+            for values in draw_weights(hf_config, seed, name, tensor.numel, part):
+                piece.values[filled : filled + len(values)] = values
+                filled += len(values)

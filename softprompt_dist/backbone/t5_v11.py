@@ -1,10 +1,13 @@
-"""A new T5 v1.1 with random weights."""
+"""A new T5 v1.1 with random weights, of which each rank draws only what it holds."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import T5Config
 
 from softprompt_dist.adapt_config import ArchitectureConfig
 
@@ -12,16 +15,8 @@ DROPOUT_RATE = 0.1
 """What the public checkpoints of T5 v1.1 carry, for those who fine-tune them."""
 
 
-class T5V11(T5ForConditionalGeneration):
-    """T5 whose embeddings are shared by encoder and decoder, but not by the head.
-
-    transformers >= 5 would tie the head of a fresh model.
-    """
-
-    _tied_weights_keys = {  # noqa: RUF012 - the name and the type are the parent's
-        "encoder.embed_tokens.weight": "shared.weight",
-        "decoder.embed_tokens.weight": "shared.weight",
-    }
+_CHUNK = 2**20
+"""Elements that one generator draws."""
 
 
 def t5_config(
@@ -40,15 +35,46 @@ def t5_config(
     )
 
 
-def new_t5(config: T5Config, seed: int) -> T5V11:
-    """A model with random weights; the head's have standard deviation d_model ** -0.5."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = T5V11(config)
-        torch.nn.init.normal_(model.lm_head.weight, std=config.d_model**-0.5)
-    return model
+def draw_weights(
+    config: T5Config, seed: int, name: str, numel: int, part: range
+) -> Iterator[Tensor]:
+    """A part of a flattened weight, some elements at a time, in fp32.
+
+    Distributed as transformers initialises a T5, the head's with standard deviation
+    d_model ** -0.5. Every chunk of a weight has a generator of its own, so a weight is the same
+    however it is cut, and no rank draws more than its part.
+
+    Args:
+        config: of the model.
+        seed: of all weights together.
+        name: of the weight in a checkpoint.
+        numel: elements of the whole weight.
+        part: indices in the flattened weight.
+    """
+    deviation = _deviation(config, name)
+    for start in range(part.start - part.start % _CHUNK, part.stop, _CHUNK):
+        size = min(_CHUNK, numel - start)
+        if deviation is None:
+            values = torch.full((size,), config.initializer_factor)
+        else:
+            digest = hashlib.sha256(f"{seed}/{name}/{start}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+            values = torch.empty(size).normal_(0.0, deviation, generator=generator)
+        yield values[max(part.start - start, 0) : part.stop - start]
 
 
-def initial_weights(config: T5Config, seed: int) -> dict[str, Tensor]:
-    """Name -> weight of `new_t5`, each once."""
-    return {name: weight.detach() for name, weight in new_t5(config, seed).named_parameters()}
+def _deviation(config: T5Config, name: str) -> float | None:
+    """Of a weight's normal distribution; None for the scale of a norm, which is no random number.
+
+    As T5PreTrainedModel._init_weights; Mesh TensorFlow's, but for the head.
+    """
+    *_, kind, _ = name.split(".")
+    inverse_variances = {
+        "shared": 1,
+        "q": config.d_model * config.d_kv,
+        "o": config.num_heads * config.d_kv,
+        "wo": config.d_ff,
+    }
+    if kind.endswith("layer_norm"):
+        return None
+    return float(config.initializer_factor * inverse_variances.get(kind, config.d_model) ** -0.5)

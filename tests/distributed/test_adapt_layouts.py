@@ -6,7 +6,8 @@ import torch
 from softprompt_dist.adapt_config import AdaptConfig, ArchitectureConfig
 from softprompt_dist.adaptation.engine import AdaptationEngine
 from softprompt_dist.adaptation.engine_config import apply_ds_config
-from softprompt_dist.backbone.t5_v11 import initial_weights, t5_config
+from softprompt_dist.backbone.t5_v11 import t5_config
+from tests.models import new_weights
 
 ARCHITECTURE = ArchitectureConfig(
     d_model=8, d_kv=4, d_ff=12, num_heads=2, num_layers=1, num_decoder_layers=1
@@ -36,7 +37,7 @@ def differing(zero, bf16):
     config = AdaptConfig(corpus=["unused"], batch=batch)
     model_config = t5_config(ARCHITECTURE, vocabulary_size=11)
     engine = AdaptationEngine(apply_ds_config(config, values), model_config, values)
-    expected = initial_weights(model_config, seed=1)
+    expected = new_weights(model_config, seed=1)
     written = 0
     for name, tensor in engine.layout.weights().items():
         for piece in tensor.pieces:

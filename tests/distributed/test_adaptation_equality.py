@@ -16,10 +16,11 @@ from softprompt_dist.adaptation.engine import AdaptationEngine
 from softprompt_dist.adaptation.model import LossModel, TrainableT5
 from softprompt_dist.adaptation.sharded_adafactor import is_factored
 from softprompt_dist.adaptation.sharded_tensor import Piece, ShardedTensor
-from softprompt_dist.backbone.t5_v11 import initial_weights, t5_config
+from softprompt_dist.backbone.t5_v11 import t5_config
 from softprompt_dist.data.lm.rows import RowBatch
 from softprompt_dist.parallel import ranks
 from softprompt_dist.run.optimizer import T5XAdafactor
+from tests.models import new_weights
 
 ARCHITECTURE = ArchitectureConfig(
     d_model=128, d_kv=32, d_ff=131, num_heads=4, num_layers=1, num_decoder_layers=1
@@ -61,7 +62,7 @@ def model_config():
 
 
 def starting_weights():
-    return initial_weights(model_config(), seed=0)
+    return new_weights(model_config(), seed=0)
 
 
 def global_batches(name):

@@ -26,9 +26,10 @@ from softprompt_dist.adaptation.export import (
 from softprompt_dist.adaptation.model_card import Stage, identity_of, model_card
 from softprompt_dist.adaptation.sharded_tensor import Piece, ShardedTensor
 from softprompt_dist.backbone.safetensors_file import SafetensorsStream
-from softprompt_dist.backbone.t5_v11 import new_t5, t5_config
+from softprompt_dist.backbone.t5_v11 import t5_config
 from softprompt_dist.errors import ConfigError, MachineError
 from tests.damage import disk_full
+from tests.models import with_weights
 
 TOKENIZER = Path(softprompt_dist.__file__).parent / "assets" / "tiny-t5"
 SMALL = ArchitectureConfig(
@@ -67,7 +68,7 @@ def export(model, folder, dtype=torch.float32, source=None, **changes):
 
 
 def small_t5():
-    return new_t5(t5_config(SMALL, 6144), 0).eval()
+    return with_weights(t5_config(SMALL, 6144), seed=0)
 
 
 def llama(tied):
