@@ -41,7 +41,7 @@ class Phase:
         self.bar: Any = None
         # Another library may have its own in place of this one for a while.
         self.stream = sys.stderr
-        self.is_on_terminal = _is_terminal(self.stream)
+        self.is_on_terminal = is_terminal(self.stream)
 
     def advance(self, amount: float = 1, note: str = "") -> None:
         """So many units more are done; `note` says what else there is to say."""
@@ -90,6 +90,19 @@ def counted(items: Collection[T], what: str, unit: str) -> Iterator[T]:
         for item in items:
             yield item
             told.advance()
+
+
+def is_terminal(stream: Any) -> bool:
+    """Whether a bar can be drawn there; one without a size, as some programs make, shows none."""
+    with suppress(OSError, ValueError, AttributeError):
+        return bool(stream.isatty()) and _num_lines(stream) != 0
+    return False
+
+
+def _num_lines(stream: Any) -> int | None:
+    with suppress(OSError, ValueError):
+        return os.get_terminal_size(stream.fileno()).lines
+    return None
 
 
 def spoke() -> None:
@@ -174,12 +187,6 @@ class _Speaker:
 _speaker = _Speaker()
 
 
-def _is_terminal(stream: Any) -> bool:
-    with suppress(OSError, ValueError, AttributeError):
-        return bool(stream.isatty())
-    return False
-
-
 def _move_bar(told: Phase, *, redraw: bool) -> None:
     from tqdm import tqdm
 
@@ -195,7 +202,7 @@ def _move_bar(told: Phase, *, redraw: bool) -> None:
                 file=told.stream,
                 leave=False,
                 dynamic_ncols=True,
-                delay=_BAR_DELAY_SECONDS if is_counted else 0,
+                delay=_BAR_DELAY_SECONDS,
                 bar_format=None if is_counted else "{desc}: {elapsed}{postfix}",
             )
             told.bar.start_t -= monotonic() - told.started

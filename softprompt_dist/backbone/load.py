@@ -22,11 +22,12 @@ from softprompt_dist.config import BackboneConfig
 from softprompt_dist.data.batching import Family
 from softprompt_dist.data.encoding import special_pieces
 from softprompt_dist.errors import BackboneError, SoftpromptError
-from softprompt_dist.identity import Accept, Identity, accept_any
+from softprompt_dist.identity import Identity
 from softprompt_dist.parallel import ranks
 from softprompt_dist.parallel.deepspeed_start import start_deepspeed
 from softprompt_dist.parallel.groups import shard_group
 from softprompt_dist.private_names import assert_known
+from softprompt_dist.progress import phase
 from softprompt_dist.untrusted import open_regular
 
 log = logging.getLogger(__name__)
@@ -115,18 +116,8 @@ def family_of(folder: Path) -> Family:
     return "seq2seq" if model_config_of(folder).is_encoder_decoder else "causal"
 
 
-def load_backbone(
-    config: BackboneConfig,
-    ds_config: dict[str, Any] | None = None,
-    accept: Accept = accept_any,
-) -> Backbone:
+def load_backbone(config: BackboneConfig, ds_config: dict[str, Any] | None = None) -> Backbone:
     """All ranks: each reads its part of every tensor; then all prove together that none is missing.
-
-    Args:
-        config: which backbone, and how it is held.
-        ds_config: engine plumbing, or None for ours.
-        accept: is given the identity, on rank 0, before the weights are read; what it raises, all
-            ranks raise.
 
     Raises:
         BackboneError: unreadable, incomplete or unsupported checkpoint.
@@ -140,7 +131,6 @@ def load_backbone(
     ranks.together(lambda: assert_offload_possible(config))
     folder = locate_backbone(config)
     inventory = ranks.together(lambda: inventory_of(folder, config))
-    ranks.on_main(lambda: accept(identity_of(inventory, config)))
     _warn_of_int8_held_otherwise(inventory, config)
     group = shard_group(config.shard_group) if config.sharding == "zero3" else None
     # No collective while reading: a rank that meets a damaged file leaves no other waiting.
@@ -233,9 +223,11 @@ def _from_hub(config: BackboneConfig) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     def fetch(patterns: tuple[str, ...]) -> Path:
-        return Path(
-            snapshot_download(config.path, revision=config.revision, allow_patterns=list(patterns))
-        )
+        with phase(f"fetching {config.path} from the hub"):
+            allowed = list(patterns)
+            return Path(
+                snapshot_download(config.path, revision=config.revision, allow_patterns=allowed)
+            )
 
     try:
         folder = fetch(_TOKENIZER_AND_CONFIG + _WEIGHTS)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from softprompt_dist.cache import cache_directory
 from softprompt_dist.errors import DataError
+from softprompt_dist.progress import phase
 
 
 def fetch_from_index(requirement: str, filename: str, sha256: str, *, source: bool) -> Path:
@@ -54,7 +55,8 @@ def _download(requirement: str, path: Path, sha256: str, *, source: bool) -> Non
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         pinned = Path(folder) / "requirements.txt"
         pinned.write_text(f"{requirement} --hash=sha256:{sha256}\n", encoding="utf-8")
-        _run_pip(requirement, pinned, Path(folder), source=source)
+        with phase(f"fetching {requirement} from the package index"):
+            _run_pip(requirement, pinned, Path(folder), source=source)
         found = Path(folder) / path.name
         if not found.is_file():
             raise DataError(

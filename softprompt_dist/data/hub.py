@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from softprompt_dist.errors import DataError
+from softprompt_dist.progress import phase
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -68,13 +69,14 @@ def find_data_set(name: str, subset: str | None, revision: str | None) -> HubDat
 
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
-    """Keep `datasets` from drawing any."""
+    """Keep `datasets` from drawing any; people are told that the hub is asked."""
     import datasets
 
     were_shown = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
-        yield
+        with phase("fetching rows from the hub"):
+            yield
     finally:
         if were_shown:
             datasets.enable_progress_bars()

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from softprompt_dist.progress import LINE_SECONDS, spoke
+from softprompt_dist.progress import LINE_SECONDS, is_terminal, spoke
 
 TRAIN = "train"
 _NUMBER = ".4g"
@@ -130,7 +130,7 @@ def open_display(total_steps: int, shown: Formats | None = None) -> Display:
 
     Without `shown`, lines have all metrics and a bar has the first.
     """
-    return Bar(total_steps, shown) if sys.stderr.isatty() else Lines(total_steps, shown)
+    return Bar(total_steps, shown) if is_terminal(sys.stderr) else Lines(total_steps, shown)
 
 
 def _format(metrics: Mapping[str, float], shown: Formats | None = None) -> str:

@@ -137,7 +137,7 @@ def test_a_stderr_that_is_gone_ends_nothing(
 def test_a_terminal_has_a_bar_that_goes_when_the_work_is_done(
     screen: Screen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(screen, "isatty", lambda: True)
+    monkeypatch.setattr(progress, "is_terminal", lambda stream: True)
     monkeypatch.setattr(progress, "_BAR_DELAY_SECONDS", 0)
     with progress.phase("scoring", 600, "rows") as told:
         told.advance(150, "fast")
