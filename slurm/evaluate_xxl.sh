@@ -19,7 +19,8 @@
 # PROMPT            prompt file; no default
 # RECIPE            recipe; default: the one that the prompt was tuned with
 # RUN_DIR           where report.md and its siblings go; default runs/evaluate-xxl-JOB
-# DS_CONFIG         engine; default ds_configs/zero3_bf16.json
+# DS_CONFIG         engine; default ds_configs/replicated_bf16.json, which T5-XXL takes 31 GB of a GPU
+#                   for; on smaller ones zero3_bf16.json or zero3_int8.json
 # SOFTPROMPT_SLURM  folder of env.sh; default: slurm below the folder of submission
 # and those that env.sh and until_done.sh tell of. Arguments go to `softprompt evaluate`.
 
@@ -33,5 +34,5 @@ run_dir=${RUN_DIR:-runs/evaluate-xxl-$SLURM_JOB_ID}
 run_until_done softprompt_dist.evaluate "$run_dir" \
     --prompt "${PROMPT:?no prompt: submit with PROMPT=FILE sbatch slurm/evaluate_xxl.sh}" \
     ${RECIPE:+--recipe "$RECIPE"} \
-    --deepspeed_config "${DS_CONFIG:-ds_configs/zero3_bf16.json}" \
+    --deepspeed_config "${DS_CONFIG:-ds_configs/replicated_bf16.json}" \
     --output "$run_dir" "$@"

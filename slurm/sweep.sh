@@ -25,7 +25,8 @@
 # SWEEP_VERB        train, or evaluate: the best prompt, into the run's folder evaluation
 # RECIPE            recipe, in which the task takes the place of task.catalogue; default
 #                   t5-xxl-superglue-boolq, with each task's own data set on the hub
-# DS_CONFIG         engine; default ds_configs/zero3_bf16.json
+# DS_CONFIG         engine; default ds_configs/replicated_bf16.json, which T5-XXL takes 31 GB of a GPU
+#                   for; on smaller ones zero3_bf16.json or zero3_int8.json
 # SOFTPROMPT_SLURM  folder of env.sh; default: slurm below the folder of submission
 # and those that env.sh and until_done.sh tell of. Arguments go to the verb.
 
@@ -45,7 +46,7 @@ if ((element > last)); then
 fi
 task=${tasks[element / ${#seeds[@]}]} seed=${seeds[element % ${#seeds[@]}]}
 run_dir=${SWEEP_DIR:-runs/sweep-$SLURM_ARRAY_JOB_ID}/$task-seed$seed
-engine=(--deepspeed_config "${DS_CONFIG:-ds_configs/zero3_bf16.json}")
+engine=(--deepspeed_config "${DS_CONFIG:-ds_configs/replicated_bf16.json}")
 # That recipe names BoolQ's rows; a recipe of one's own may name a source that has them all.
 own_rows=()
 [[ -n ${RECIPE-} ]] || own_rows=(--set "task.source={kind: hub}")

@@ -19,7 +19,8 @@
 #
 # RECIPE            recipe; default t5-xxl-superglue-boolq
 # RUN_DIR           where the run keeps its files; default runs/xxl-JOB
-# DS_CONFIG         engine; default ds_configs/zero3_bf16.json
+# DS_CONFIG         engine; default ds_configs/replicated_bf16.json, which T5-XXL takes 31 GB of a GPU
+#                   for; on smaller ones zero3_bf16.json or zero3_int8.json
 # SOFTPROMPT_SLURM  folder of env.sh; default: slurm below the folder of submission
 # and those that env.sh and until_done.sh tell of. Arguments go to `softprompt train`.
 
@@ -32,5 +33,5 @@ source "$scripts/env.sh"
 run_dir=${RUN_DIR:-runs/xxl-$SLURM_JOB_ID}
 run_until_done softprompt_dist.train "$run_dir" \
     --recipe "${RECIPE:-t5-xxl-superglue-boolq}" \
-    --deepspeed_config "${DS_CONFIG:-ds_configs/zero3_bf16.json}" \
+    --deepspeed_config "${DS_CONFIG:-ds_configs/replicated_bf16.json}" \
     --run-dir "$run_dir" "$@"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -19,6 +19,9 @@ from pydantic import JsonValue, TypeAdapter, ValidationError
 from softprompt_dist.errors import SoftpromptError
 
 log = logging.getLogger(__name__)
+
+Accept = Callable[["Identity"], None]
+"""Raises where a backbone is not the one that something belongs to; on one rank."""
 
 _OF_LOADING_AND_TRAINING = {
     "architectures", "attn_implementation", "auto_map", "chunk_size_feed_forward", "dtype",
@@ -92,6 +95,10 @@ class Identity:
                 label = f"tokenizer.{name}"
                 found.append(_difference(label, self.tokenizer[name], here.tokenizer[name]))
         return found
+
+
+def accept_any(identity: Identity) -> None:
+    """Any backbone will do."""
 
 
 def check_same_backbone(

@@ -22,7 +22,7 @@ from softprompt_dist.config import BackboneConfig
 from softprompt_dist.data.batching import Family
 from softprompt_dist.data.encoding import special_pieces
 from softprompt_dist.errors import BackboneError, SoftpromptError
-from softprompt_dist.identity import Identity
+from softprompt_dist.identity import Accept, Identity, accept_any
 from softprompt_dist.parallel import ranks
 from softprompt_dist.parallel.deepspeed_start import start_deepspeed
 from softprompt_dist.parallel.groups import shard_group
@@ -116,8 +116,18 @@ def family_of(folder: Path) -> Family:
     return "seq2seq" if model_config_of(folder).is_encoder_decoder else "causal"
 
 
-def load_backbone(config: BackboneConfig, ds_config: dict[str, Any] | None = None) -> Backbone:
+def load_backbone(
+    config: BackboneConfig,
+    ds_config: dict[str, Any] | None = None,
+    accept: Accept = accept_any,
+) -> Backbone:
     """All ranks: each reads its part of every tensor; then all prove together that none is missing.
+
+    Args:
+        config: which backbone, and how it is held.
+        ds_config: engine plumbing, or None for ours.
+        accept: is given the identity, on rank 0, before the weights are read; what it raises, all
+            ranks raise.
 
     Raises:
         BackboneError: unreadable, incomplete or unsupported checkpoint.
@@ -131,6 +141,7 @@ def load_backbone(config: BackboneConfig, ds_config: dict[str, Any] | None = Non
     ranks.together(lambda: assert_offload_possible(config))
     folder = locate_backbone(config)
     inventory = ranks.together(lambda: inventory_of(folder, config))
+    ranks.on_main(lambda: accept(identity_of(inventory, config)))
     _warn_of_int8_held_otherwise(inventory, config)
     group = shard_group(config.shard_group) if config.sharding == "zero3" else None
     # No collective while reading: a rank that meets a damaged file leaves no other waiting.

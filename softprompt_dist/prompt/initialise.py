@@ -15,7 +15,6 @@ from torch import Tensor
 
 from softprompt_dist.config import PromptConfig
 from softprompt_dist.errors import PromptFileError
-from softprompt_dist.identity import Identity
 from softprompt_dist.parallel import ranks
 from softprompt_dist.prompt.file import load_prompt
 
@@ -35,8 +34,6 @@ def initialise_prompt(  # noqa: PLR0913 - what the initialisers need, between th
     labels: Sequence[str],
     d_model: int,
     generator: torch.Generator,
-    backbone: Identity | None = None,
-    force: bool = False,
 ) -> Tensor:
     """All ranks: the prompt before its first update, [P, D] in fp32 on the CPU.
 
@@ -50,8 +47,6 @@ def initialise_prompt(  # noqa: PLR0913 - what the initialisers need, between th
         labels: target strings, for `class_labels`.
         d_model: D.
         generator: a CPU generator in the same state on all ranks.
-        backbone: for `file`, the one that the prompt must have been tuned for.
-        force: for `file`, take a prompt of another backbone, with a warning.
 
     Raises:
         PromptFileError: on all ranks; the file of `file` is unreadable or does not fit.
@@ -64,7 +59,7 @@ def initialise_prompt(  # noqa: PLR0913 - what the initialisers need, between th
             return 0.5 * torch.rand(shape, generator=generator)
         case "file":
             path = Path(str(config.file))
-            return ranks.on_main(lambda: _from_file(path, shape, backbone, force=force))
+            return ranks.on_main(lambda: _from_file(path, shape))
         case "class_labels":
             pieces = _at_most([encode(label) for label in labels], shape[0], "class labels")
         case "text":
@@ -125,10 +120,8 @@ def embedded_rows(pieces: Sequence[Pieces], sampled_P: Tensor, embed: Embed) -> 
     return prompt_PD
 
 
-def _from_file(
-    path: Path, shape: tuple[int, int], backbone: Identity | None, *, force: bool
-) -> Tensor:
-    prompt_PD, _ = load_prompt(path, backbone=backbone, force=force)
+def _from_file(path: Path, shape: tuple[int, int]) -> Tensor:
+    prompt_PD, _ = load_prompt(path)
     if tuple(prompt_PD.shape) != shape:
         raise PromptFileError(
             f"{path} holds a prompt of {prompt_PD.shape[0]} x {prompt_PD.shape[1]}, but this run "

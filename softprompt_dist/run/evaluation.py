@@ -13,6 +13,7 @@ from torch import Tensor
 
 from softprompt_dist.config import TuneConfig
 from softprompt_dist.errors import MachineError, PromptFileError
+from softprompt_dist.identity import Accept, Identity
 from softprompt_dist.lifecycle.watchdog import doing
 from softprompt_dist.metrics.results import prompt_source
 from softprompt_dist.parallel import ranks
@@ -56,12 +57,13 @@ def evaluate(
     _, metadata = ranks.together(lambda: load_prompt(request.prompt_file))
     ranks.on_main(lambda: _make_folder(request.folder))
     config = _with_prompt_length(config, metadata.prompt_length)
-    bench = build_bench(config, ds_config, splits=[request.split])
+    accept = accept_of(request.prompt_file, force=request.force)
+    bench = build_bench(config, ds_config, splits=[request.split], accept=accept)
     task = bench.task
     if ranks.is_main():
         warn_of_other_family(metadata, task.name, task.data.family)
         warn_of_other_prefix(metadata, task.config)
-    prompt_PD = ranks.together(lambda: prompt_for(bench, request.prompt_file, force=request.force))
+    prompt_PD = ranks.together(lambda: prompt_for(bench, request.prompt_file))
     prompt = SoftPrompt(prompt_PD).to(ranks.device())
     answered = answer(bench, prompt, task, request.split, request.max_examples)
 
@@ -139,13 +141,22 @@ def evaluation_of(
     )
 
 
-def prompt_for(bench: Bench, prompt_file: Path, *, force: bool) -> Tensor:
-    """prompt_PD of a file, which must fit the bench's backbone.
+def accept_of(prompt_file: Path, *, force: bool) -> Accept:
+    """Accepts the backbone that the prompt of a file was tuned for; with `force` any, warning."""
+
+    def accept(here: Identity) -> None:
+        load_prompt(prompt_file, backbone=here, force=force)
+
+    return accept
+
+
+def prompt_for(bench: Bench, prompt_file: Path) -> Tensor:
+    """prompt_PD of a file, which must be as wide as the bench's backbone.
 
     Raises:
-        PromptFileError: it was tuned for another backbone and not `force`, or has another width.
+        PromptFileError: it has another width.
     """
-    prompt_PD, _ = load_prompt(prompt_file, backbone=bench.identity, force=force)
+    prompt_PD, _ = load_prompt(prompt_file)
     if prompt_PD.shape[1] != bench.backbone.d_model:
         raise PromptFileError(
             f"{prompt_file} holds a prompt of {prompt_PD.shape[0]} x {prompt_PD.shape[1]}, "

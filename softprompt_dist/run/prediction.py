@@ -22,6 +22,7 @@ from softprompt_dist.parallel import ranks
 from softprompt_dist.prompt.file import load_prompt
 from softprompt_dist.prompt.module import SoftPrompt
 from softprompt_dist.run.evaluation import (
+    accept_of,
     prompt_for,
     warn_of_other_family,
     warn_of_other_prefix,
@@ -72,8 +73,9 @@ def _answer_all(
     rule = ranks.together(lambda: _rule(texts, reader.labels))
     encode = _encoder(texts)
     blocks = ranks.on_main(lambda: desk.next_blocks(encode))  # bad rows are said before the load
-    bench = build_bench(config, ds_config, splits=None)
-    prompt_PD = ranks.together(lambda: prompt_for(bench, request.prompt_file, force=request.force))
+    accept = accept_of(request.prompt_file, force=request.force)
+    bench = build_bench(config, ds_config, splits=None, accept=accept)
+    prompt_PD = ranks.together(lambda: prompt_for(bench, request.prompt_file))
     ranks.together(lambda: _check_positions(config, bench.backbone, len(prompt_PD), rule))
     prompt = SoftPrompt(prompt_PD).to(ranks.device())
     ranks.on_main(lambda: desk.begin(bench.identity))

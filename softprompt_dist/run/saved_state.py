@@ -112,13 +112,11 @@ def _save(run: TuningRun, state: TuningState, store: CheckpointStore) -> None:
     store.save(state.step, tensors, values, may_differ={_BEST_PROMPT})
 
 
-def restore(run: TuningRun, checkpoint: Checkpoint | None, *, force: bool = False) -> TuningState:
+def restore(run: TuningRun, checkpoint: Checkpoint | None) -> TuningState:
     """All ranks: the state that the run continues from, which is `checkpoint`'s if there is one.
 
-    `force`: though it was saved with another backbone, with a warning.
-
     Raises:
-        CheckpointError: it belongs to another recipe, backbone or data. A run never begins again
+        CheckpointError: it belongs to another recipe or data. A run never begins again
             from step 0 in silence.
     """
     if checkpoint is None:
@@ -126,7 +124,6 @@ def restore(run: TuningRun, checkpoint: Checkpoint | None, *, force: bool = Fals
     values, tensors = checkpoint.state, checkpoint.tensors
     values.setdefault("validated_step", checkpoint.step)  # earlier versions did not save it
     ranks.together(lambda: _check_belongs(run, checkpoint))
-    ranks.together(lambda: _check_backbone(run, checkpoint, force=force))
     ranks.together(lambda: _check_forms(run, checkpoint))
     with torch.no_grad():
         run.prompt.weight.copy_(tensors["prompt"])
@@ -178,16 +175,21 @@ def _check_belongs(run: TuningRun, checkpoint: Checkpoint) -> None:
         )
 
 
-def _check_backbone(run: TuningRun, checkpoint: Checkpoint, *, force: bool) -> None:
+def check_backbone(checkpoint: Checkpoint, here: Identity, *, force: bool) -> None:
+    """Refuse to continue a checkpoint with another backbone.
+
+    Raises:
+        CheckpointError: it was saved with another one, and not `force`.
+    """
     values = checkpoint.state
     # Release 0.1.0 saved of it the digest of the weights alone.
-    of_weights = {"path": "", "weights": values.get("backbone_fingerprint")}
+    of_weights = {"path": "", "weights": values.get("backbone_fingerprint", "")}
     try:
         there = Identity.from_json(values.get("identity", of_weights))
     except ValueError as error:
         raise _not_of_train(checkpoint, str(error)) from error
     belongs = f"The checkpoint of step {checkpoint.step} was saved with"
-    check_same_backbone(there, run.identity, belongs, error=CheckpointError, force=force)
+    check_same_backbone(there, here, belongs, error=CheckpointError, force=force)
 
 
 def _check_forms(run: TuningRun, checkpoint: Checkpoint) -> None:

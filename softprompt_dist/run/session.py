@@ -10,11 +10,13 @@ from typing import Any
 from softprompt_dist.backbone.fingerprint import assert_unchanged
 from softprompt_dist.config import TuneConfig
 from softprompt_dist.errors import CheckpointError
+from softprompt_dist.identity import Identity
 from softprompt_dist.lifecycle.attempt import Attempt
 from softprompt_dist.lifecycle.preflight import preflight
 from softprompt_dist.lifecycle.vitals import Vitals
 from softprompt_dist.lifecycle.watchdog import doing
 from softprompt_dist.parallel import ranks, stop
+from softprompt_dist.prompt.file import load_prompt
 from softprompt_dist.recipe import to_yaml
 from softprompt_dist.run.checkpoint import Checkpoint
 from softprompt_dist.run.directory import RunDirectory
@@ -23,7 +25,7 @@ from softprompt_dist.run.journal import Journal
 from softprompt_dist.run.loop import Records, publish_prompt, tune
 from softprompt_dist.run.metrics_file import loss_history
 from softprompt_dist.run.outcome import record_untuned, report_outcome
-from softprompt_dist.run.saved_state import TuningState, checkpoint_store, restore
+from softprompt_dist.run.saved_state import TuningState, check_backbone, checkpoint_store, restore
 from softprompt_dist.run.tuning import TuningRun, build_tuning_run
 
 _WIDEST_BACKBONE = 8192
@@ -56,8 +58,10 @@ def train(
         preflight(directory.path, _bytes_to_write(config), partial(print, flush=True))
         with doing("loading", config.health.slow_timeout_seconds):
             checkpoint = _find_checkpoint(config, directory, attempt, fresh, must_resume)
-            run = build_tuning_run(config, ds_config, force=force)
-            state = restore(run, checkpoint, force=force)
+            run = build_tuning_run(
+                config, ds_config, lambda here: _accept(here, config, checkpoint, force=force)
+            )
+            state = restore(run, checkpoint)
         attempt.reopen()  # only now: a recipe that does not belong here leaves all as it was
         # Only once the checkpoint has been found to belong to this recipe.
         used = {"evaluation_batch_tokens": run.scorer.batch_tokens}
@@ -68,6 +72,16 @@ def train(
             losses, spikes = ranks.on_main(lambda: loss_history(directory.metrics, window))
             vitals = Vitals(attempt, journal.say, losses, spikes)
             _tune(run, state, Records(directory, journal, attempt, vitals))
+
+
+def _accept(
+    here: Identity, config: TuneConfig, checkpoint: Checkpoint | None, *, force: bool
+) -> None:
+    """That the run may go on, or begin with the prompt of a file, on this backbone."""
+    if checkpoint is not None:
+        check_backbone(checkpoint, here, force=force)
+    elif config.prompt.initialisation == "file":
+        load_prompt(str(config.prompt.file), backbone=here, force=force)
 
 
 def _tune(run: TuningRun, state: TuningState, records: Records) -> None:

@@ -29,7 +29,7 @@ from softprompt_dist.data.mixture import MixtureOrder, mixing_rates
 from softprompt_dist.data.sources import SPLITS
 from softprompt_dist.data.tokenizer_identity import tokenizer_identity
 from softprompt_dist.errors import ConfigError, DataError, InvariantError
-from softprompt_dist.identity import Identity
+from softprompt_dist.identity import Accept, Identity, accept_any
 from softprompt_dist.parallel import ranks, stop
 from softprompt_dist.parallel.equality import assert_equal_on_all_ranks, assert_same_on_all_ranks
 from softprompt_dist.prompt.initialise import initialise_prompt
@@ -149,6 +149,7 @@ def build_bench(
     *,
     splits: Sequence[str] | None = SPLITS,
     for_tuning: bool = False,
+    accept: Accept = accept_any,
 ) -> Bench:
     """All ranks: tasks, tokenizer and frozen backbone of a recipe.
 
@@ -158,6 +159,7 @@ def build_bench(
         splits: of the recipe's task; None for no task at all.
         for_tuning: the tasks of the mixture too, those to transfer to, and refuse a machine without
             room for a step of tuning.
+        accept: is given the backbone's identity, on rank 0, before its weights are read.
 
     Raises:
         SoftpromptError: anything in the recipe, data, backbone or machine that cannot work.
@@ -169,11 +171,17 @@ def build_bench(
     if for_tuning:
         ranks.together(lambda: assert_room(config, texts.folder, texts.tasks))
     stop.end_here_if_asked("reading the rows")
-    backbone = load_backbone(config.backbone, ds_config)
-    stop.end_here_if_asked("loading the backbone")
     tokenizer = texts.reader.tokenizer
     known = ranks.together(lambda: tokenizer_identity(tokenizer))
-    identity = dataclasses.replace(backbone.identity, tokenizer=known)
+
+    def with_tokenizer(identity: Identity) -> Identity:
+        return dataclasses.replace(identity, tokenizer=known)
+
+    backbone = load_backbone(
+        config.backbone, ds_config, lambda identity: accept(with_tokenizer(identity))
+    )
+    stop.end_here_if_asked("loading the backbone")
+    identity = with_tokenizer(backbone.identity)
     assert_same_on_all_ranks(identity.digest, "The digest of the backbone's identity")
     ranks.together(lambda: _check_positions(config, backbone, [*texts.tasks, *texts.transfers]))
     budget = scoring_budget(config, texts.folder)
@@ -216,20 +224,20 @@ def _read_texts(config: TuneConfig, splits: Sequence[str] | None, *, for_tuning:
 
 
 def build_tuning_run(
-    config: TuneConfig, ds_config: dict[str, Any] | None = None, *, force: bool = False
+    config: TuneConfig, ds_config: dict[str, Any] | None = None, accept: Accept = accept_any
 ) -> TuningRun:
     """All ranks: a bench, the prompt on it and its optimizer, with the invariants checked.
 
-    `force`: begin with the prompt of a file though it was tuned for another backbone.
+    `accept`: see `build_bench`.
 
     Raises:
         SoftpromptError: see `build_bench`; or the ranks do not divide the batch.
     """
     ranks.together(lambda: check_world(config, ranks.world_size()))
-    bench = build_bench(config, ds_config, for_tuning=True)
+    bench = build_bench(config, ds_config, for_tuning=True, accept=accept)
     rank, world_size = ranks.rank(), ranks.world_size()
     restore_random_state(derived_random_state(config.seed, 0, rank, world_size))
-    prompt = SoftPrompt(_initial_prompt(bench, force=force)).to(ranks.device())
+    prompt = SoftPrompt(_initial_prompt(bench)).to(ranks.device())
     num_examples = [len(task.splits["train"].texts) for task in bench.tasks]
     run = TuningRun(
         **vars(bench),
@@ -279,7 +287,7 @@ def _longest_row(task: LoadedTask) -> int:
     return max(tuned, answered)
 
 
-def _initial_prompt(bench: Bench, *, force: bool) -> Tensor:
+def _initial_prompt(bench: Bench) -> Tensor:
     """Drawn once on every rank, then rank 0's is taken by all."""
     initial_PD = initialise_prompt(
         bench.config.prompt,
@@ -293,7 +301,5 @@ def _initial_prompt(bench: Bench, *, force: bool) -> Tensor:
         ),
         d_model=bench.backbone.d_model,
         generator=torch.Generator().manual_seed(bench.config.seed),
-        backbone=bench.identity,
-        force=force,
     )
     return ranks.broadcast(initial_PD.to(ranks.device()).contiguous())

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from softprompt_dist.backbone.engine import (
     engine_config,
     read_engine_config,
 )
-from softprompt_dist.config import BackboneConfig
+from softprompt_dist.config import BackboneConfig, TuneConfig
 from softprompt_dist.errors import ConfigError
+from softprompt_dist.recipe import load_recipe, recipe_names
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
 CELLS = {
@@ -69,6 +71,22 @@ def test_the_file_for_adaptation_is_that_of_the_largest_model_on_one_node(tmp_pa
     config = apply_ds_config(preset[0], values)
     assert (config.engine.zero_stage, config.dtype) == (2, "bf16")
     assert gradient_sums(config, values) == "fp32"
+
+
+@pytest.mark.parametrize("gpu", ["a100-40", "a100-80", "h100"])
+def test_what_is_started_for_xxl_is_what_the_planner_takes(gpu: str, tmp_path: Path) -> None:
+    asked = ["--model", "google/t5-xxl-lm-adapt", "--gpus", "8", "--gpu", gpu]
+    plan.main([*asked, "--write", str(tmp_path / "written.json")])
+    planned = json.loads((tmp_path / "written.json").read_text())
+    for script in ("train_xxl", "evaluate_xxl", "sweep"):
+        text = (FOLDER.parent / "slurm" / f"{script}.sh").read_text()
+        (started,) = re.findall(r"\$\{DS_CONFIG:-(.+?)\}", text)
+        assert json.loads((FOLDER.parent / started).read_text()) == planned
+    recipes = [name for name in recipe_names() if name.startswith("t5-xxl")]
+    assert len(recipes) == 3
+    for name in recipes:
+        backbone = load_recipe(TuneConfig, name).backbone
+        assert apply_engine_config(backbone, planned) == backbone
 
 
 @pytest.mark.parametrize("name", [*CELLS, *FOR_ADAPTATION])
