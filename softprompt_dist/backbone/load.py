@@ -258,11 +258,11 @@ def model_config_of(folder: Path) -> Any:
     """The Hugging Face configuration in a folder.
 
     Raises:
-        BackboneError: it cannot be read, or asks for code of its own.
+        BackboneError: it cannot be read, or asks for code or names weights of its own.
     """
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        asks_for_code = "auto_map" in raw
+        asks_for_code, weights = "auto_map" in raw, raw.get("transformers_weights")
         model_config = AutoConfig.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
@@ -271,6 +271,12 @@ def model_config_of(folder: Path) -> Any:
     if asks_for_code:
         raise BackboneError(
             f"{folder}/config.json asks for code of its own (auto_map), which is never run."
+        )
+    if weights:
+        raise BackboneError(
+            f"{folder}/config.json names its weights, {weights!r:.100} (transformers_weights), but "
+            "only model.safetensors, pytorch_model.bin and their shards are read here. Give the "
+            "file that name, and remove the key."
         )
     return model_config
 

@@ -6,6 +6,7 @@ Axes: R rows, C columns (all but the first axis, flattened).
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import zipfile
@@ -184,6 +185,19 @@ class _PickledFile(WeightFile):
             size = self.path.stat().st_size
             self._mapped = torch.UntypedStorage.from_file(str(self.path), False, size)
         return self._places[name].rows(self._mapped, first, last)
+
+    def mapped(self, name: str) -> Tensor:
+        """As of any file, but a copy in memory where it begins at an odd byte of an old format."""
+        place = self._places[name]
+        if place.start % place.dtype.itemsize:
+            log.warning(
+                "%s begins at an odd byte of %s, so a rank that would map it (%.2f GB) holds it in "
+                "memory. `softprompt convert` makes a copy in which it can be mapped.",
+                name,
+                self.path,
+                math.prod(place.shape) * place.dtype.itemsize / 1e9,
+            )
+        return super().mapped(name)
 
     def _guarded(self, read: Callable[[], T]) -> T:
         try:

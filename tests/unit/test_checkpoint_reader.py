@@ -133,6 +133,20 @@ def test_a_pickled_file_is_read_through_a_map(layout: str, tmp_path: Path) -> No
     assert peak.resident_bytes - peak.resident_before < 112 * 2**20
 
 
+def test_a_table_at_an_odd_byte_of_an_old_file_is_right_and_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = torch.randn(9, 5)
+    for length in range(1, 9):  # of the name, which stands before the numbers
+        name = "n" * length
+        write(tmp_path, {name: table}, "bin one old")
+        assert torch.equal(CheckpointReader(tmp_path).mapped_table(name), table)
+    told = [record.getMessage() for record in caplog.records]
+    assert 0 < len(told) < 8
+    assert "begins at an odd byte" in told[0]
+    assert "`softprompt convert` makes a copy" in told[0]
+
+
 @pytest.mark.parametrize("stored_as", ["safetensors", "bin"])
 def test_one_file_is_read_before_the_shards_that_an_index_names(
     stored_as: str, stored: Tensors, tmp_path: Path, caplog: pytest.LogCaptureFixture

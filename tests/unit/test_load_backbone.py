@@ -330,6 +330,12 @@ def test_a_config_with_a_value_of_no_sense_is_refused(
         load(t5_folder)
 
 
+def test_weights_under_a_name_of_their_own_are_refused(t5_folder: Path) -> None:
+    change_config(t5_folder, transformers_weights="other.safetensors")
+    with pytest.raises(BackboneError, match=r"'other\.safetensors'.*Give the file that name"):
+        load(t5_folder)
+
+
 def test_code_beside_a_tokenizer_is_never_run(t5_folder: Path, tmp_path: Path) -> None:
     asking = {"auto_map": {"AutoTokenizer": ["tokenizing.Own", None]}, "tokenizer_class": "Own"}
     (t5_folder / "tokenizer_config.json").write_text(json.dumps(asking))
