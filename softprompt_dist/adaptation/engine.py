@@ -29,7 +29,7 @@ from softprompt_dist.errors import NonFiniteLossError
 from softprompt_dist.lifecycle.watchdog import tick
 from softprompt_dist.parallel import ranks
 from softprompt_dist.parallel.deepspeed_start import start_deepspeed
-from softprompt_dist.parallel.host_memory import keep_freed_memory
+from softprompt_dist.parallel.host_memory import keep_freed_memory, pin_exactly
 from softprompt_dist.private_names import assert_known
 
 
@@ -68,6 +68,8 @@ class AdaptationEngine:
 
         if ranks.device().type == "cpu":
             keep_freed_memory()
+        if config.engine.offload_optimizer == "cpu":
+            pin_exactly()
         self.config = config
         settings = engine_config(config, ds_config, ranks.world_size())
         model = _build(config, hf_config, settings)

@@ -17,6 +17,7 @@ from softprompt_dist.backbone.flat_weights import ALIGNMENT
 from softprompt_dist.backbone.gather_limit import GatherLimit
 from softprompt_dist.backbone.offload import claim_folder
 from softprompt_dist.backbone.traffic import Traffic
+from softprompt_dist.parallel.host_memory import pin_exactly
 
 Fill = Callable[[torch.Tensor, int], None]
 """Writes the bytes from a first one on into a tensor."""
@@ -38,6 +39,8 @@ class BlockSharder(deepspeed.zero.Init):
     def __init__(
         self, engine_config: dict[str, Any], traffic: Traffic, group: dist.ProcessGroup | None
     ) -> None:
+        if engine_config["zero_optimization"].get("offload_param"):
+            pin_exactly()
         # DeepSpeed has a type for a model, a floating-point one; only its way to the disk heeds it.
         super().__init__(
             config_dict_or_path=engine_config,
