@@ -288,6 +288,20 @@ def test_settings_that_only_say_what_may_go_wrong_are_free(job: Job, whole: byte
     assert job.output.read_bytes() == whole
 
 
+def test_a_journal_of_release_0_1_is_continued_by_the_weights_it_names(
+    job: Job, whole: bytes
+) -> None:
+    job.run(windows=1)
+    first, *rest = job.journal.read_text().splitlines(keepends=True)
+    values = json.loads(first)
+    values["made_for"]["backbone"] = values["made_for"].pop("identity")["weights"]
+    values["made_for"]["tokenizer"] = "of the vocabulary"
+    job.journal.write_text("".join([json.dumps(values) + "\n", *rest]))
+    assert "weights: those there, others here" in replace(job, weights="others").refused()
+    job.run()
+    assert job.output.read_bytes() == whole
+
+
 def test_other_weights_are_refused_before_anything_is_cut(job: Job) -> None:
     job.run(windows=1)
     job.output.write_bytes(job.output.read_bytes() + b"half a li")
