@@ -280,7 +280,9 @@ def _place() -> str:
 def _stat_fields(pid: int) -> list[str]:
     """Of /proc/PID/stat, from the state on; empty where there is no such process."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        # Between the parentheses stands a name, which may be of any bytes.
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+        return text.rpartition(")")[2].split()
     except OSError:
         return []
 

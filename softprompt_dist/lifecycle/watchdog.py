@@ -154,7 +154,8 @@ class Watchdog:
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
             return
         self._stacks.mkdir(parents=True, exist_ok=True)
-        with (self._stacks / f"rank-{self._rank}.txt").open("w") as file:
+        path = self._stacks / f"rank-{self._rank}.txt"
+        with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(heading)
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)

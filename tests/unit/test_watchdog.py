@@ -86,6 +86,7 @@ with doing("step 7", 1.5):
         tick()
 print("went on", flush=True)
 """
+SETTINGS = {"ascii": {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}}
 
 
 @dataclass(frozen=True)
@@ -111,14 +112,15 @@ def all_watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
     codes = {"hangs": HANGS, "dead disk": HANGS, "goes on": GOES_ON, "is halted": IS_HALTED}
     codes |= {"recorded": RECORDED + HANGS, "recorder hangs": RECORDER_HANGS + HANGS}
     codes |= {"recorder fails": RECORDER_FAILS + HANGS, "settles": SETTLES}
-    codes["prints"] = PRINTS_STACKS + HANGS
+    codes |= {"prints": PRINTS_STACKS + HANGS, "ascii": HANGS.replace("step 7", r"step \u2116 7")}
     folders = {name: tmp_path_factory.mktemp("watched") for name in codes}
     # To open it for writing waits for a reader, as a dead disk does for ever.
     os.mkfifo(folders["dead disk"] / "fifo")
     (folders["dead disk"] / "stacks").mkdir()
     (folders["dead disk"] / "stacks" / "rank-3.txt").symlink_to(folders["dead disk"] / "fifo")
     started = {
-        name: Watched(folders[name], start(code, folders[name])) for name, code in codes.items()
+        name: Watched(folders[name], start(code, folders[name], SETTINGS.get(name, {})))
+        for name, code in codes.items()
     }
     yield started
     for watched in started.values():
@@ -126,13 +128,13 @@ def all_watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
         watched.process.communicate()
 
 
-def start(code: str, folder: Path) -> subprocess.Popen[str]:
+def start(code: str, folder: Path, settings: dict[str, str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", WATCHED + code, str(folder)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"SOFTPROMPT_OUTCOME": str(folder), "RANK": "3"},
+        env=os.environ | {"SOFTPROMPT_OUTCOME": str(folder), "RANK": "3"} | settings,
     )
 
 
@@ -209,3 +211,11 @@ def test_without_a_folder_the_stacks_are_printed(all_watched: dict[str, Watched]
     code, _, err = all_watched["prints"].outcome()
     assert code == 5
     assert err.count(" in stand_still") == 2
+
+
+def test_a_locale_that_lacks_a_character_hides_no_hang(all_watched: dict[str, Watched]) -> None:
+    watched = all_watched["ascii"]
+    assert watched.outcome()[0] == 5
+    said = (watched.folder / "stacks" / "rank-3.txt").read_text(encoding="utf-8")
+    assert "made no progress for 1 s while step \u2116 7." in said
+    assert (watched.folder / "why").read_text().startswith("hang: ")
