@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import threading
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,9 @@ from tests.prompts import save_untuned
 LINE = re.compile(r"(?P<what>.+): (?P<done>[\d.]+)(?:/(?P<total>[\d.]+))? ?\w*, .+ (left|so far)")
 
 
+WATCH = progress._Speaker._watch
+
+
 class Screen(io.StringIO):
     """A stderr that knows at what time each line came."""
 
@@ -31,10 +35,14 @@ class Screen(io.StringIO):
         self.now = 1000.0
         self.said: list[tuple[float, str]] = []
         self.seconds_a_look = 0.0
+        self.num_threads = 0
 
     def write(self, text: str) -> int:
         self.said += [(self.now, line) for line in text.splitlines() if line.strip()]
         return len(text)
+
+    def count_thread(self) -> None:
+        self.num_threads += 1
 
     def clock(self) -> float:
         self.now += self.seconds_a_look
@@ -52,7 +60,7 @@ def screen(monkeypatch: pytest.MonkeyPatch) -> Screen:
     monkeypatch.setattr(progress, "monotonic", shown.clock)
     monkeypatch.setattr(progress, "_speaker", progress._Speaker())
     # No thread: the clock does not go by itself, either.
-    monkeypatch.setattr(progress._Speaker, "_watch", lambda self: None)
+    monkeypatch.setattr(progress._Speaker, "_watch", lambda self: shown.count_thread())
     return shown
 
 
@@ -78,11 +86,26 @@ def test_short_phases_one_after_another_are_not_silent_together(screen: Screen) 
     assert max(later - earlier for earlier, later in pairwise([1000.0, *times])) <= 6
 
 
-def test_what_does_not_advance_is_told_of_all_the_same(screen: Screen) -> None:
+def test_what_does_not_advance_is_told_of_all_the_same(
+    screen: Screen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class EnoughError(Exception):
+        """Ends the thread's loop."""
+
+    def sleep(seconds: float) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return really_sleep(seconds)  # the thread of an earlier test
+        screen.now += seconds
+        if screen.now > 1020:
+            raise EnoughError
+        return None
+
+    really_sleep = progress.time.sleep
+    monkeypatch.setattr(progress.time, "sleep", sleep)
     with progress.phase("loading"), progress.phase("building an extension"):
-        for _ in range(40):
-            screen.now += 0.5
-            progress._speaker.break_silence()
+        assert screen.num_threads == 1
+        with pytest.raises(EnoughError):
+            WATCH(progress._speaker)
     assert screen.said == [
         (1008.0, "building an extension: 8.0 s so far"),
         (1016.0, "building an extension: 16 s so far"),
