@@ -46,6 +46,7 @@ DROPOUT_NAMES = (
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _PICKLED_WEIGHTS = ("*.bin", "*.bin.index.json")
 _TOKENIZER_AND_CONFIG = ("*.json", "*.model", "*.txt")
+_TOKENIZER_SETTINGS = ("tokenizer_config.json", "config.json")
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*")
 
 
@@ -68,7 +69,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     # Without these, transformers makes up a T5 tokenizer that knows hardly any piece.
     vocabularies = [path for pattern in _VOCABULARIES for path in folder.glob(pattern)]
-    if not vocabularies:
+    if not vocabularies and not _reads_bytes(folder):
         raise BackboneError(
             f"No tokenizer in {folder}: it needs tokenizer.json, or a vocabulary such as "
             "spiece.model. Copy the one that belongs to the backbone there."
@@ -91,6 +92,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
                 "more rows (resize_token_embeddings of transformers)."
             )
     return tokenizer
+
+
+def _reads_bytes(folder: Path) -> bool:
+    """Whether the folder's tokenizer is ByT5's, which has no vocabulary to keep in a file."""
+    said = [path for name in _TOKENIZER_SETTINGS if (path := folder / name).is_file()]
+    return any(
+        '"ByT5Tokenizer"' in path.read_text(encoding="utf-8", errors="replace") for path in said
+    )
 
 
 def pieces_without_a_row(tokenizer: PreTrainedTokenizerBase, model_config: Any) -> list[str]:

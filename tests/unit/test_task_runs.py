@@ -10,18 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import ByT5Tokenizer
 
-from softprompt_dist import evaluate
+from softprompt_dist import evaluate, inspect
 from softprompt_dist.backbone.load import load_tokenizer
 from softprompt_dist.config import TuneConfig
 from softprompt_dist.data.mixture import MixtureOrder
 from softprompt_dist.data.tasks import load_task
-from softprompt_dist.errors import DataError
+from softprompt_dist.errors import BackboneError, DataError
 from softprompt_dist.metrics.results import read_result
 from softprompt_dist.recipe import check_values
 from softprompt_dist.run.session import train
 from tests import runs
 from tests.messages import Said
+from tests.models import make_t5, save_model
 
 Recipe = dict[str, Any]
 STILL = "optimizer.learning_rate=1e-12"
@@ -318,6 +320,26 @@ def test_the_record_of_the_data_says_what_was_read(
     assert f"task.source.sha256.validation is {sha256}" in str(refused.value)
     actual = hashlib.sha256((tiny_data / "validation.jsonl").read_bytes()).hexdigest()
     assert f"validation.jsonl has sha256 {actual}" in str(refused.value)
+
+
+def test_a_backbone_that_reads_bytes_needs_no_vocabulary_file(
+    tiny_data: Path, tmp_path: Path, said: Said
+) -> None:
+    """ByT5's; a prompt is tuned and inspected. Without the tokenizer's name it is refused."""
+    folder = save_model(make_t5(384), tmp_path / "byt5")
+    ByT5Tokenizer().save_pretrained(folder)
+    values = runs.tiny_recipe(folder, tiny_data) | {"steps": 2}
+    for initialisation in ("class_labels", "sampled_vocabulary"):
+        values["prompt"] |= {"initialisation": initialisation}
+        run_dir = tune(tmp_path / initialisation, values)
+        assert "score" in best_of(run_dir)
+    code, shown, _ = said(
+        inspect.main, run_dir / "prompt" / "best.safetensors", "--backbone", folder
+    )
+    assert code == 0, shown
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(BackboneError, match="No tokenizer in"):
+        load_tokenizer(folder)
 
 
 NO_TOKEN = "\x7f"
