@@ -63,7 +63,7 @@ def _measure(settings: dict[str, Any], prompts: dict[str, str], given: Any) -> d
         prompt_PD, _ = load_prompt(Path(path), backbone=bench.identity, force=given.force)
         prompt = SoftPrompt(prompt_PD)
         start = time.perf_counter()
-        predictions = bench.predict(prompt, bench.task, split)
+        predictions = bench.predict(prompt, bench.task, split, "scoring")
         seconds = time.perf_counter() - start
         score = bench.task.judge(predictions, split.texts).score
         answer[name] = {"score": score, "seconds": seconds, "loss": _loss(bench, prompt, split)}
