@@ -184,6 +184,9 @@ class DecoderBlock(nn.Module):
     ) -> Tensor:
         """[B, N, D] of N / T answers behind one another, which do not see each other."""
         attention, cross_attention, feed_forward = self.layer
+        # A view, so that its gradients are added up within a block before they meet the other
+        # blocks', as they are where DeepSpeed watches a block's inputs: sums then round alike.
+        encoded_BSD = encoded_BSD.view_as(encoded_BSD)
         attended, encoded = (memory.attended, memory.encoded) if memory else (None, None)
         answers_MTD = hidden_BND.reshape(-1, bias_1HTT.shape[2], hidden_BND.shape[2])
         hidden_BND = attention(answers_MTD, bias_1HTT, attended).view(hidden_BND.shape)

@@ -1,16 +1,20 @@
 """However a backbone is held, its loss and prompt gradient are those of replicated fp32."""
 
+from functools import partial
+
 import cells
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5ForConditionalGeneration
 
-from tests.models import make_llama, make_t5, save_model
+from tests.models import make_causal, make_llama, make_t5, save_model
 
 SAME = 1e-6
 """Relative difference of losses, and of gradients (by their norm)."""
 MODELS = {"t5": make_t5, "llama": make_llama}
+KINDS = {name: partial(make_causal, name) for name in ("Qwen2", "Gemma", "GPTNeo", "Phi3")}
+"""Biases, a scaled embedding, a window of attention, longrope."""
 ZERO3 = {"sharding": "zero3"}
 INT8 = {"quantization": "int8"}
 WITHOUT_WO = {"quantized_layers": "blocks_without_wo"}
@@ -34,6 +38,8 @@ OTHER_CELLS = {
     "int8-bf16": {**INT8, "dtype": "bf16"},
     "zero3-int8-bf16": {**ZERO3, **INT8, "dtype": "bf16"},
 }
+SHARDED = {"zero3": "reference", "zero3-bf16": "bf16", "zero3-int8-bf16": "int8-bf16"}
+"""Cell -> the same precision in a whole backbone."""
 BITSANDBYTES_CELLS = {
     "llm_int8": {"quantization": "llm_int8"},
     "nf4": {"quantization": "nf4"},
@@ -112,6 +118,8 @@ class Said:
 def folder(tmp_path_factory):
     """Models and their rounded copies."""
     folder = tmp_path_factory.mktemp("cells")
+    for name, make in KINDS.items():
+        save_model(make(), folder / name)
     for name, make in MODELS.items():
         original = save_model(make(), folder / name)
         save_rounded(original, folder / f"{name}-rounded", rounded_to_int8)
@@ -139,6 +147,8 @@ def on_two(folder, run_functions):
     """Every cell that needs no library, on two ranks."""
     every = {"reference": {}, **FP32_CELLS, "int8": INT8, **INT8_CELLS, **OTHER_CELLS}
     work = {folder / name: every for name in MODELS} | reference_work(folder)
+    pairs = {name: every[name] for name in (*SHARDED, *SHARDED.values())}
+    work |= {folder / name: pairs for name in KINDS}
     work = {str(place): settings for place, settings in work.items()}
     return Said(folder, run_functions(cells.gradients_in_cells, 2, work=work, timeout=300))
 
@@ -211,6 +221,15 @@ def assert_same(found, expected, tolerance=SAME):
 @pytest.mark.parametrize("cell", FP32_CELLS)
 def test_a_cell_in_fp32_changes_nothing(on_two, model, cell):
     assert_same(on_two.of(model, cell), on_two.of(model, "reference"))
+
+
+@pytest.mark.parametrize("model", [*MODELS, *KINDS])
+@pytest.mark.parametrize("cell", SHARDED)
+def test_sharding_changes_no_bit(on_two, model, cell):
+    losses, gradients = on_two.of(model, cell)
+    expected_losses, expected_gradients = on_two.of(model, SHARDED[cell])
+    assert torch.equal(losses, expected_losses)
+    assert torch.equal(gradients, expected_gradients)
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -251,6 +251,10 @@ def answers_to(backbone: Backbone, rows: list[TokenExample]) -> list[dict[str, t
     batch = collate(rows, pad_id=0, family=backbone.family)
     trained = backbone(prompt_BPD, batch)
     (ranked,) = backbone.score_answers(prompt_BPD, batch, [ANSWERS_AT], lambda logits, _: logits)
+    likely_BAT = ranked.log_softmax(-1).gather(-1, ANSWERS_AT.expand(len(rows), -1, -1)[..., None])
+    scores_BA = torch.stack(
+        [likely_BAT[:, i, :length].sum(dim=(1, 2)) for i, length in enumerate(LENGTHS)], dim=1
+    )
     reading = backbone.read(prompt_BPD, batch)
     steps = [reading.logits_BV]
     for piece in ANSWERS_AT[0, :-1]:
@@ -258,7 +262,12 @@ def answers_to(backbone: Backbone, rows: list[TokenExample]) -> list[dict[str, t
         steps.append(reading.logits_BV)
     made = torch.stack(steps, dim=1)
     return [
-        {"trained": trained[i, : len(row.target_ids)], "ranked": ranked[i, 0], "made": made[i]}
+        {
+            "trained": trained[i, : len(row.target_ids)],
+            "ranked": ranked[i],
+            "label": scores_BA[i].argmax(),
+            "made": made[i],
+        }
         for i, row in enumerate(rows)
     ]
 
