@@ -22,7 +22,7 @@ PIP_INSTALL := $(PIP) install -c constraints.txt $(PIP_ARGS)
 ON_CPU := DS_ACCELERATOR=cpu
 SHELL_SCRIPTS := .ci/run $(wildcard slurm/*.sh)
 
-.PHONY: help demo demo-t5 test drills check format clean
+.PHONY: help demo demo-t5 test gpu-check drills check format clean
 
 help: ## show this list
 	@grep -E '^[.a-z0-9-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## */\t/' | expand -t 12
@@ -44,6 +44,9 @@ demo-t5: $(READY) ## the same for our own tiny T5
 
 test: $(READY) ## run the whole test suite, but for what takes minutes and is tried in a shorter form
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+gpu-check: $(READY) ## on a machine with GPUs: every cell's numbers against the CPU's, freed memory, short runs
+	$(BIN)/python -m pytest tests/gpu $(ARGS)
 
 drills: $(READY) ## run all fault drills, the long ones too, and print the resilience table
 	mkdir -p runs

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from softprompt_dist.backbone.base import Backbone
 from softprompt_dist.backbone.load import load_backbone
@@ -38,7 +39,8 @@ def make_examples(vocab_size: int) -> list[TokenExample]:
 def make_prompt(backbone: Backbone) -> SoftPrompt:
     """The same prompt on every rank, in every cell."""
     generator = torch.Generator().manual_seed(3)
-    return SoftPrompt(torch.randn(PROMPT_LENGTH, backbone.d_model, generator=generator))
+    initial_PD = torch.randn(PROMPT_LENGTH, backbone.d_model, generator=generator)
+    return SoftPrompt(initial_PD).to(ranks.device())
 
 
 def batches_of_this_rank(backbone: Backbone) -> list[TokenBatch]:
@@ -59,15 +61,73 @@ def step(backbone: Backbone, prompt: SoftPrompt) -> dict[str, float]:
     return accumulate_gradient(backbone, prompt, batches_of_this_rank(backbone), z_loss=0.0)
 
 
-def pass_without_gradient(backbone: Backbone, prompt: SoftPrompt) -> None:
-    """As scoring does it."""
+@torch.no_grad()
+def pass_without_gradient(backbone: Backbone, prompt: SoftPrompt) -> Tensor:
+    """As scoring does it: logits_NV of the target tokens of this rank's first micro-batch."""
     batch, *_ = batches_of_this_rank(backbone)
-    with torch.no_grad():
-        backbone(prompt(len(batch.input_ids_BS), backbone.dtype), batch)
+    logits_BTV = backbone(prompt(len(batch.input_ids_BS), backbone.dtype), batch)
+    return logits_BTV[batch.target_mask_BT.bool().to(logits_BTV.device)].float().cpu()
+
+
+class Poison:
+    """Fills memory that the blocks of a backbone have just given back with NaN.
+
+    What a block gathers is freed after its use. Whoever still reads it, because a view was kept or
+    a stream did not wait, reads NaN from then on, in every format: its bytes are all ones.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.num_fillings = 0
+        self._sizes = sorted({block.num_bytes for block in backbone.blocks()})
+        for block in backbone.blocks():
+            block.register_forward_hook(self._after_forward)
+
+    def fill(self) -> None:
+        """Take memory of every block's size, twice (a backward pass holds two), and free it."""
+        device = ranks.device()
+        freed = [torch.empty(n, dtype=torch.uint8, device=device) for n in 2 * self._sizes]
+        for run in freed:
+            run.fill_(255)
+        self.num_fillings += 1
+
+    def _after_forward(self, _: Any, __: Any, output: Any) -> None:
+        self.fill()
+        hidden = output[0] if isinstance(output, tuple) else output
+        if hidden.requires_grad:  # and once the blocks behind it have had their gradients
+            hidden.register_hook(lambda _: self.fill())
+
+
+def tuned_in_cell(
+    folder: str, settings: Settings, *, num_steps: int, poisoned: bool
+) -> dict[str, Any]:
+    """The losses of some steps of gradient descent, with a pass without gradient between them."""
+    backbone = load_cell(folder, settings)
+    prompt = make_prompt(backbone)
+    poison = Poison(backbone) if poisoned else None
+    losses = []
+    for _ in range(num_steps):
+        losses.append(step(backbone, prompt)["loss"])
+        pass_without_gradient(backbone, prompt)
+        with torch.no_grad():
+            prompt.weight -= 0.1 * prompt.weight.grad
+    return {"losses": losses, "fillings": poison.num_fillings if poison else 0}
+
+
+def tuned_in_cells(
+    folder: str, cells: dict[str, Settings], num_steps: int
+) -> dict[str, dict[str, Any]]:
+    """Cell's name -> `tuned_in_cell` with memory left alone and, as "poisoned NAME", not."""
+    return {
+        f"{prefix}{name}": tuned_in_cell(
+            folder, settings, num_steps=num_steps, poisoned=bool(prefix)
+        )
+        for name, settings in cells.items()
+        for prefix in ("", "poisoned ")
+    }
 
 
 def gradient_in_cell(folder: str, name: str, settings: Settings) -> dict[str, Any]:
-    """Loss and gradient of four steps, scoring between them; the gradients go to `gradient_file`.
+    """Loss and gradient of four steps, scoring between them; the rest goes to `gradient_file`.
 
     ZeRO-3 takes another way in each: it records the order of the blocks, follows it, loses it.
     """
@@ -77,11 +137,10 @@ def gradient_in_cell(folder: str, name: str, settings: Settings) -> dict[str, An
     for index in range(4):
         losses.append(step(backbone, prompt)["loss"])
         assert prompt.weight.grad is not None
-        save_file(
-            {"gradient": prompt.weight.grad}, gradient_file(folder, name, ranks.rank(), index)
-        )
+        found = {"gradient": prompt.weight.grad.cpu()}
         if index == 1:
-            pass_without_gradient(backbone, prompt)
+            found["logits"] = pass_without_gradient(backbone, prompt)
+        save_file(found, gradient_file(folder, name, ranks.rank(), index))
     return {
         "losses": losses,
         "gathered_bytes_left": sum(p.numel() for p in backbone.parameters()),
@@ -105,6 +164,11 @@ def gradients(
     return torch.stack(
         [torch.stack([load_file(file)["gradient"] for file in of_rank]) for of_rank in files]
     )
+
+
+def logits(folder: str | Path, cell: str, rank: int = 0) -> Tensor:
+    """What a rank found between steps, see `pass_without_gradient`."""
+    return load_file(gradient_file(folder, cell, rank, 1))["logits"]
 
 
 def gradient_file(folder: str | Path, cell: str, rank: int, index: int) -> str:

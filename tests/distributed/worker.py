@@ -1,4 +1,4 @@
-"""One rank of `launch.run_function_on_ranks`: join gloo, call the function, write its result."""
+"""One rank of `launch.run_function_on_ranks`: join, call the function, write its result."""
 
 import importlib
 import json
@@ -14,7 +14,12 @@ import torch.distributed as dist
 def main():
     target, arguments, result_path = sys.argv[1:]
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    if torch.cuda.is_available():
+        from softprompt_dist.parallel.join import join_world
+
+        join_world()
+    else:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     module, name = target.split(":")
     value = getattr(importlib.import_module(module), name)(**json.loads(arguments))
     Path(result_path).write_text(json.dumps(value))
