@@ -36,6 +36,9 @@ _SILENCE_SECONDS = 60.0
 """Of the heart of a run on another machine, whose processes cannot be seen from here."""
 _MALFORMED = (ValueError, KeyError, TypeError, RecursionError)
 """What reading a file raises that is there, and is none of ours."""
+_GONE_SECONDS = 5.0
+"""Without an attempt.json in a directory that is there: a later attempt has taken it along. For a
+moment a network disk may show none while one is replaced."""
 _SETTLING_SECONDS = 0.3
 """Two runs that claim a directory at one moment: the last to write its name has it."""
 
@@ -86,6 +89,7 @@ class Ownership:
         self._path = folder / ATTEMPT
         self.owner = owner or Owner.here(os.environ)
         self._unknown_since: float | None = None
+        self._gone_since: float | None = None
         self._why_unknown = ""
         self._has_warned = False
 
@@ -111,11 +115,13 @@ class Ownership:
         """
         found = self._look()
         for pause in pauses():
-            if found is not None or self._is_unknown_for_too_long():
+            if found is not None or self._is_gone() or self._is_unknown_for_too_long():
                 break
             self._warn()
             time.sleep(pause)
             found = self._look()
+        if found is None and self._is_gone():
+            raise self._superseded("somebody who has left")
         if found is None:
             raise OwnerUnknownError(
                 f"{self._path} cannot be read ({self._why_unknown}), for "
@@ -124,17 +130,14 @@ class Ownership:
                 "command goes on from the newest checkpoint."
             )
         if found.token != self.owner.token:
-            raise SupersededError(
-                f"{self._path.parent} was taken over by {found.described}: this attempt "
-                f"({self.owner.token}) ends and publishes nothing more."
-            )
+            raise self._superseded(found.described)
 
     def is_over(self) -> bool:
         """Without waiting: whether `check` would raise."""
         found = self._look()
         if found is None:
             self._warn()
-            return self._is_unknown_for_too_long()
+            return self._is_gone() or self._is_unknown_for_too_long()
         return found.token != self.owner.token
 
     def is_held(self) -> bool:
@@ -154,9 +157,21 @@ class Ownership:
         except (OSError, *_MALFORMED) as error:
             self._why_unknown = str(error)
             self._unknown_since = self._unknown_since or time.monotonic()
+            is_gone = isinstance(error, FileNotFoundError) and os.path.isdir(self._path.parent)
+            self._gone_since = (self._gone_since or time.monotonic()) if is_gone else None
             return None
-        self._unknown_since = None
+        self._unknown_since = self._gone_since = None
         return found
+
+    def _superseded(self, by: str) -> SupersededError:
+        return SupersededError(
+            f"{self._path.parent} was taken over by {by}: this attempt ({self.owner.token}) ends "
+            "and publishes nothing more."
+        )
+
+    def _is_gone(self) -> bool:
+        since = self._gone_since
+        return since is not None and time.monotonic() - since > _GONE_SECONDS
 
     def _warn(self) -> None:
         if not self._has_warned:

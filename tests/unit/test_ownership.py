@@ -22,6 +22,7 @@ from softprompt_dist.errors import (
     StopFileError,
     SupersededError,
 )
+from softprompt_dist.lifecycle import ownership
 from softprompt_dist.lifecycle.ownership import (
     Owner,
     Ownership,
@@ -232,6 +233,11 @@ def test_who_leaves_lets_the_next_in_at_once_and_takes_nobodys_place(
     monkeypatch.setattr(durable, "PATIENCE_SECONDS", 0.0)
     with pytest.raises(OwnerUnknownError, match=r"attempt.json cannot be read \(.*No such file"):
         second.check()
+    monkeypatch.undo()
+    monkeypatch.setattr(ownership, "_GONE_SECONDS", 0.2)
+    with pytest.raises(SupersededError, match="taken over by somebody who has left"):
+        second.check()
+    assert second.is_over()
 
 
 @pytest.fixture
