@@ -121,7 +121,7 @@ class Ownership:
             time.sleep(pause)
             found = self._look()
         if found is None and self._is_gone():
-            raise self._superseded("somebody who has left")
+            raise self._superseded("nobody knows whom")
         if found is None:
             raise OwnerUnknownError(
                 f"{self._path} cannot be read ({self._why_unknown}), for "

@@ -235,7 +235,7 @@ def test_who_leaves_lets_the_next_in_at_once_and_takes_nobodys_place(
         second.check()
     monkeypatch.undo()
     monkeypatch.setattr(ownership, "_GONE_SECONDS", 0.2)
-    with pytest.raises(SupersededError, match="taken over by somebody who has left"):
+    with pytest.raises(SupersededError, match="taken over by nobody knows whom"):
         second.check()
     assert second.is_over()
 
