@@ -100,7 +100,13 @@ class CheckpointFolder:
         self.witness(final)
 
     def witness(self, final: Path) -> None:
-        """Leave word that this checkpoint is on the disk."""
+        """Leave word that this checkpoint is on the disk.
+
+        Raises:
+            SupersededError: a later attempt has taken the run directory over.
+        """
+        if self.attempt is not None:
+            self.attempt.check_ours()
         match = _PUBLISHED.fullmatch(final.name)
         if self.attempt is not None and match is not None:
             self.attempt.saved(int(match[1]))
