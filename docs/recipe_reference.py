@@ -21,19 +21,16 @@ HEADER = """# Recipes
 <!-- Written by `python docs/recipe_reference.py`; a test compares it with the code. -->
 
 A recipe is a YAML file with the keys below; what it leaves out has the default shown. Precedence,
-highest
-first: command line (`--steps`, `--run-dir`, `--deepspeed_config`, `--set key.subkey=value`),
-recipe, default.
-An unknown key is refused, and the nearest valid one is named. `softprompt train --recipe NAME
---dry-run` prints the final config.
-`~` at the beginning of a path is the home folder.
+highest first: command line (`--steps`, `--run-dir`, `--deepspeed_config`,
+`--set key.subkey=value`), recipe, default. An unknown key is refused, and the nearest valid one is
+named. `softprompt train --recipe NAME --dry-run` prints the final config. `~` at the beginning of a
+path is the home folder.
 
 ## Splits
 
 Where a source has no validation or test split, it is taken from train by the text alone: bucket =
-first 32
-bits of the text's sha256, modulo 10; bucket 0 is test, 1 is validation, the rest is train. Equal
-texts land in the same split, on every machine.
+first 32 bits of the text's sha256, modulo 10; bucket 0 is test, 1 is validation, the rest is train.
+Equal texts land in the same split, on every machine.
 """
 
 
