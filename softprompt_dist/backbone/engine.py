@@ -157,7 +157,10 @@ def _wrong_kinds(values: dict[str, Any]) -> list[str]:
         if not isinstance(value, dict)
     ]
     if not problems and (stage := quoted_stage(zero)):
-        problems = [f"sets zero_optimization.stage to {stage}; it must be a number, such as 3."]
+        problems = [
+            f"sets zero_optimization.stage to {stage}; it must be a number. "
+            "Use 3 (sharded) or 0 (replicated)."
+        ]
     return problems or [
         f"sets {name!r} to {values[name]}; its 'enabled' must be true or false, without quotes."
         for name in ("bf16", "fp16")

@@ -44,7 +44,7 @@ def pin_exactly() -> bool:
         settings = torch._C._accelerator_getAllocatorSettings()  # noqa: SLF001 - no public reader
         if _EXACT_ABOVE not in settings:
             wanted = [settings] if settings else []
-            torch.cuda.memory._set_allocator_settings(  # noqa: SLF001 - nor a writer
+            torch._C._accelerator_setAllocatorSettings(  # noqa: SLF001 - nor a public writer
                 ",".join([*wanted, f"{_EXACT_ABOVE}:1"])
             )
     except (AttributeError, RuntimeError, ValueError):  # an older torch

@@ -26,6 +26,12 @@ OF_TORCH = {
     "_parameters",
 }
 """That stay as long as PyTorch's own files are read by it."""
+WITH_A_FALLBACK = {
+    "_C",
+    "_accelerator_getAllocatorSettings",
+    "_accelerator_setAllocatorSettings",
+}
+"""A torch without them works, with more page-locked memory."""
 
 
 @pytest.fixture
@@ -87,5 +93,5 @@ def test_all_that_are_used_are_listed() -> None:
     }
     package = Path(softprompt_dist.__file__).parent
     found = {name for path in package.rglob("*.py") for name in used(path)}
-    assert found - OURS - OF_TORCH - listed == set()
+    assert found - OURS - OF_TORCH - WITH_A_FALLBACK - listed == set()
     assert {"ds_tensor", "_hp_mapping", "_relative_position_bucket"} <= found
