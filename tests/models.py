@@ -111,22 +111,23 @@ def with_weights(config: T5Config, seed: int) -> T5ForConditionalGeneration:
     return model.eval()
 
 
-def save_deep_t5(folder: Path, num_blocks: int) -> Path:
-    """A T5 of that many blocks and a small head, so that hardly anything is worth keeping."""
+def small_t5(*, head_deviation: float | None = None, **sizes: int) -> T5ForConditionalGeneration:
+    """A T5 v1.1 of given sizes; its head's standard deviation is d_model ** -0.5 if not given."""
     torch.manual_seed(0)
     config = T5Config(
-        vocab_size=40,
-        d_model=32,
-        d_kv=8,
-        d_ff=64,
-        num_layers=num_blocks // 2,
-        num_heads=4,
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
-        decoder_start_token_id=0,
+        feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0, **sizes
     )
     model = T5ForConditionalGeneration(config)
-    model.lm_head.weight = torch.nn.Parameter(torch.randn(40, 32) * 32**-0.5)
+    deviation = head_deviation or config.d_model**-0.5
+    head_VD = torch.randn(config.vocab_size, config.d_model) * deviation
+    model.lm_head.weight = torch.nn.Parameter(head_VD)
+    return model
+
+
+def save_deep_t5(folder: Path, num_blocks: int) -> Path:
+    """A T5 of that many blocks and a small head, so that hardly anything is worth keeping."""
+    num_layers = num_blocks // 2
+    model = small_t5(vocab_size=40, d_model=32, d_kv=8, d_ff=64, num_layers=num_layers, num_heads=4)
     return save_model(model, folder)
 
 

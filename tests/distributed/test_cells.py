@@ -6,9 +6,8 @@ import cells
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import T5Config, T5ForConditionalGeneration
 
-from tests.models import make_causal, make_llama, make_t5, save_model
+from tests.models import make_causal, make_llama, make_t5, save_model, small_t5
 
 SAME = 1e-6
 """Relative difference of losses, and of gradients (by their norm)."""
@@ -155,21 +154,8 @@ def on_two(folder, run_functions):
 
 def smallest_t5():
     """Its matrices have one, two or four elements: a rank's part may hold nothing of any."""
-    torch.manual_seed(0)
-    config = T5Config(
-        vocab_size=5,
-        d_model=2,
-        d_kv=1,
-        d_ff=1,
-        num_layers=1,
-        num_heads=1,
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
-        decoder_start_token_id=0,
-    )
-    model = T5ForConditionalGeneration(config)
-    model.lm_head.weight = torch.nn.Parameter(torch.randn(5, 2))
-    return model
+    sizes = {"vocab_size": 5, "d_model": 2, "d_kv": 1, "d_ff": 1, "num_layers": 1, "num_heads": 1}
+    return small_t5(head_deviation=1.0, **sizes)
 
 
 @pytest.fixture(scope="module")

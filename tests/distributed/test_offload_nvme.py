@@ -4,15 +4,13 @@ from pathlib import Path
 
 import cells
 import pytest
-import torch
-from transformers import T5Config, T5ForConditionalGeneration
 
 from softprompt_dist.backbone.fingerprint import assert_unchanged, local_checksum
 from softprompt_dist.backbone.load import load_backbone
 from softprompt_dist.config import BackboneConfig
 from softprompt_dist.errors import InvariantError
 from softprompt_dist.parallel import ranks
-from tests.models import make_t5, save_model
+from tests.models import make_t5, save_model, small_t5
 
 SMALLEST_ON_DISK = 2**20
 """Bytes; DeepSpeed keeps smaller parts in the host's memory."""
@@ -25,21 +23,7 @@ MODES = {
 
 def large_t5():
     """Half of one of its layers is worth a file, in fp32 and in int8; half of its head is not."""
-    torch.manual_seed(0)
-    config = T5Config(
-        vocab_size=128,
-        d_model=256,
-        d_kv=64,
-        d_ff=3072,
-        num_layers=2,
-        num_heads=4,
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
-        decoder_start_token_id=0,
-    )
-    model = T5ForConditionalGeneration(config)
-    model.lm_head.weight = torch.nn.Parameter(torch.randn(128, 256) * 256**-0.5)
-    return model
+    return small_t5(vocab_size=128, d_model=256, d_kv=64, d_ff=3072, num_layers=2, num_heads=4)
 
 
 def change_a_file(path, offload_path):

@@ -278,8 +278,8 @@ def test_an_owner_that_cannot_be_read_for_too_long_ends_with_the_reason(
     mine = Ownership(tmp_path)
     mine.claim()
     unreadable(errno.ESTALE, times=10_000)
-    monkeypatch.setattr(durable, "PATIENCE_SECONDS", 0.05)
     assert not mine.is_over()
+    monkeypatch.setattr(durable, "PATIENCE_SECONDS", 0.05)
     with pytest.raises(OwnerUnknownError, match=r"Stale file handle.* goes on from the newest"):
         mine.check()
     monkeypatch.setattr(durable, "PATIENCE_SECONDS", 0.0)

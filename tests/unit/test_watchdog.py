@@ -59,22 +59,35 @@ with doing("scoring", 1.0, first_seconds=60.0):
     stand_still()
 """
 GOES_ON = """
+from types import SimpleNamespace
+now, looks = [time.monotonic()], [0]
+def shown():
+    looks[0] += threading.current_thread() is dog._thread
+    return now[0]
+watchdog.time = SimpleNamespace(monotonic=shown, sleep=time.sleep, strftime=time.strftime)
+watchdog._POLL_SECONDS = 0.001
+def passes(seconds):
+    for _ in range(round(seconds / 0.1)):
+        now[0] += 0.1
+        enough = looks[0] + 6  # two rounds of the watchdog
+        while looks[0] < enough:
+            time.sleep(0.001)
 with doing("step 7", 1.0):
-    for _ in range(15):
-        time.sleep(0.1)
+    for _ in range(5):
+        passes(0.9)
         tick()
-time.sleep(1.5)  # outside of any phase
+passes(1.5)  # outside of any phase
 with doing("loading", 60.0):
-    time.sleep(1.5)
+    passes(1.5)
     with doing("step 8", 1.0):  # the silence before it is not its own
-        time.sleep(0.3)
+        passes(0.9)
 with doing("step 9", 1.0):
     with doing("saving", 60.0):
-        time.sleep(1.5)
-    time.sleep(0.3)
+        passes(1.5)
+    passes(0.9)
 dog.stop()
 with doing("step 10", 0.1):
-    time.sleep(0.5)
+    now[0] += 0.5
 print("went on", flush=True)
 """
 IS_HALTED = """
