@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections import deque
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -23,6 +25,10 @@ _LAST_SECONDS = 30.0
 """For what is being written when a run ends: a disk that hangs must not keep it from that."""
 _SECONDS_WITHOUT_EVENTS = 60.0
 """After an error of TensorBoard's writer, until there is another."""
+_EVENT_FILE = re.compile(r"events\.out\.tfevents\.(\d+)\.")
+"""The number is the second in which it was opened."""
+_LONGEST_WAIT_SECONDS = 2.0
+"""For a later second than that of the files that are there; clocks further apart stay so."""
 
 
 class Journal:
@@ -48,7 +54,7 @@ class Journal:
         self._events: Any = None
         self._events_from = 0.0
         self._display: Display = Silence()
-        self._has_warned = False
+        self._has_warned = self._is_ending = False
         ranks.on_main(lambda: self._open(directory, start_step))
         if self._file is not None:
             self._display = open_display(total_steps, shown)
@@ -89,12 +95,8 @@ class Journal:
             return
         self._display.close()
         self._writer.wait(_LAST_SECONDS)
+        self._is_ending = True
         self._writer.run(_LAST_SECONDS)
-        try:
-            if self._events is not None:
-                self._events.close()
-        except OSError as error:
-            self._warn(f"the last TensorBoard events are lost: {error}")
         self._file = None
 
     def _write(self) -> None:
@@ -106,6 +108,19 @@ class Journal:
             except OSError as error:
                 self._warn(f"the metrics of step {step} cannot be written yet: {error}")
             self._add_events(step, kind, values)
+        if self._is_ending and file is not None:
+            self._end(file)
+
+    def _end(self, file: MetricsFile) -> None:
+        try:
+            file.write_waiting()
+        except OSError as error:
+            self._warn(f"the last metrics are lost: {error}")
+        try:
+            if self._events is not None:
+                self._events.close()
+        except OSError as error:
+            self._warn(f"the last TensorBoard events are lost: {error}")
 
     def _add_events(self, step: int, kind: str, values: Mapping[str, float]) -> None:
         if time.monotonic() < self._events_from:
@@ -143,4 +158,8 @@ def _summary_writer(folder: str, **settings: Any) -> Any:
     # Imported here: it takes seconds, and only rank 0 writes events.
     from torch.utils.tensorboard import SummaryWriter
 
+    # TensorBoard reads the files in the order of their names: this one's must be the last.
+    opened = [int(match[1]) for p in Path(folder).glob("*") if (match := _EVENT_FILE.match(p.name))]
+    early = max(opened, default=0) + 1 - time.time()
+    time.sleep(min(max(0.0, early), _LONGEST_WAIT_SECONDS))
     return SummaryWriter(folder, **settings)

@@ -20,7 +20,7 @@ class MetricsFile:
     the file of a resumed run is that of an uninterrupted one.
 
     Raises:
-        OSError: the file cannot be read or written; also in `append`.
+        OSError: the file cannot be read or written; also in `append` and `write_waiting`.
     """
 
     def __init__(self, path: Path, start_step: int) -> None:
@@ -37,6 +37,12 @@ class MetricsFile:
         """
         line = {"step": step, "kind": kind, "time": round(time.time(), 3), **metrics}
         self._waiting.append(line)
+        self.write_waiting()
+
+    def write_waiting(self) -> None:
+        """Write what a disk has not taken so far, if there is anything."""
+        if not self._waiting:
+            return
         again = self._earlier.intersection(map(_key, self._waiting))
         if again:
             self._rewrite(other for other in read_metrics(self._path) if _key(other) not in again)
