@@ -57,6 +57,8 @@ class EvaluationResult(_Frozen):
     backbone: str
     identity: Identity | None = None
     """Of the backbone; release 0.1.0 did not note it."""
+    batch_tokens: int | None = None
+    """Positions that each rank scored at a time, on which the rounding depends; nor this."""
     version: str
     """Of softprompt-dist."""
     data: dict[str, Any] = {}

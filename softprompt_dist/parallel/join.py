@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import threading
 import warnings
 from collections.abc import Callable, Mapping, MutableMapping
 from datetime import timedelta
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from softprompt_dist.errors import MachineError
+from softprompt_dist.errors import HangError, MachineError
 from softprompt_dist.parallel import ranks, stop
 from softprompt_dist.parallel.meeting import Newcomer, agree, job_nonce
 from softprompt_dist.progress import phase
@@ -24,6 +25,8 @@ from softprompt_dist.progress import phase
 DEEPSPEED_LOGGER = "DeepSpeed"
 _LONGEST_WAIT = timedelta(hours=2)
 """For a rank that waits while rank 0 fetches a checkpoint or tokenises a corpus."""
+_LONGEST_LEAVING = 600.0
+"""Seconds; the ranks have done all together until now, and end within moments."""
 _ON_LEAVING: list[Callable[[], None]] = []
 _MEETING = "Check that all ranks were started, and that MASTER_ADDR can be reached from every node."
 _LIMIT = "health.slow_timeout_seconds"
@@ -104,10 +107,23 @@ def _meet() -> None:
         raise MachineError(_explain(error)) from error
 
 
-def leave_world() -> None:
-    """All ranks: close the process group, if there is one."""
+def leave_world(limit_seconds: float = _LONGEST_LEAVING) -> None:
+    """All ranks: close the process group, if there is one.
+
+    A rank that still waits for the others after `limit_seconds` ends its process.
+    """
     if dist.is_initialized():
-        dist.barrier()  # a rank that leaves early takes the rendezvous store with it
+        late = HangError(
+            f"Rank {ranks.rank()} has waited {limit_seconds:g} s for the other ranks to end. Its "
+            "own work is done; look at what they said last."
+        )
+        watch = threading.Timer(limit_seconds, stop.end_hung, [late])
+        watch.daemon = True
+        watch.start()
+        try:
+            dist.barrier()  # a rank that leaves early takes the rendezvous store with it
+        finally:
+            watch.cancel()
         dist.destroy_process_group()
     while _ON_LEAVING:
         _ON_LEAVING.pop()()

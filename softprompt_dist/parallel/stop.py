@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import NoReturn
 
 from softprompt_dist.errors import HangError, StoppedError
 from softprompt_dist.outcome_files import record_failure
@@ -119,6 +120,11 @@ def _end_wait(heard: int, limit_seconds: float, hang: HangError) -> None:
             with suppress(OSError):
                 print(f"Stopped: {failure}", file=sys.__stdout__, flush=True)
             os._exit(failure.exit_code)
+    end_hung(hang)
+
+
+def end_hung(hang: HangError) -> NoReturn:
+    """End this process, whatever its main thread waits for."""
     record_failure(hang)
     with suppress(OSError):
         print(f"error: {hang}", file=sys.__stderr__, flush=True)

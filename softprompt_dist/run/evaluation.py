@@ -133,6 +133,7 @@ def evaluation_of(
         predictions=task.spoken(generated),
         method=task.rule.name,
         backbone=bench.identity,
+        batch_tokens=bench.scorer.batch_tokens,
         prompt=prompt_source(prompt_file),
         data=task.data.provenance(answered.split_name),
         others={name: found for name, found in compared.items() if len(found) == len(texts)},

@@ -138,6 +138,7 @@ def evaluation_result(evaluation: Evaluation, judgement: Judgement) -> Evaluatio
             "data": dict(evaluation.data),
             "backbone": evaluation.backbone.path,
             "identity": evaluation.backbone,
+            "batch_tokens": evaluation.batch_tokens,
             "version": __version__,
             "others": others,
             "verdicts": judgement.verdicts,

@@ -34,6 +34,8 @@ class Evaluation:
     method: str
     """How answers were made, such as `greedy` or `rank`."""
     backbone: Identity
+    batch_tokens: int | None = None
+    """Positions that each rank scored at a time."""
     prompt: PromptSource | None = None
     data: Mapping[str, Any] = field(default_factory=dict)
     """Where the split's rows came from; see `TaskData.provenance`."""

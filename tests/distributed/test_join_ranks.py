@@ -31,6 +31,17 @@ def main(argv):
     leave_world()
 run_verb(main, [])
 """
+LEAVE = """
+import time
+from softprompt_dist.parallel.join import join_world, leave_world
+from softprompt_dist.parallel.verb import run_verb
+from softprompt_dist.parallel import ranks
+def main(argv):
+    join_world()
+    time.sleep(20 * ranks.rank())
+    leave_world(1.0)
+run_verb(main, [])
+"""
 
 
 def start(env, code=JOIN, wrapper=()):
@@ -57,7 +68,7 @@ def ended(process):
     return process.returncode, out, launch.without_progress(err)
 
 
-def start_rank(rank, port, wrapper=(), **env):
+def start_rank(rank, port, wrapper=(), code=JOIN, **env):
     variables = {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -66,7 +77,7 @@ def start_rank(rank, port, wrapper=(), **env):
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    return start(variables | env, wrapper=wrapper)
+    return start(variables | env, code, wrapper)
 
 
 @pytest.mark.drill("D24")
@@ -96,6 +107,17 @@ def test_a_rank_without_the_others_kind_of_device_is_refused_by_all_at_once():
         assert code == 2
         assert "Rank 1 on " in said
         assert "set DS_ACCELERATOR=cpu" in said
+
+
+def test_a_rank_does_not_wait_for_hours_for_one_that_never_ends():
+    port = launch.free_port()
+    waiting, busy = [start_rank(rank, port, code=LEAVE) for rank in (0, 1)]
+    code, _, said = ended(waiting)
+    assert code == 5
+    assert said.startswith("error: Rank 0 has waited 1 s for the other ranks to end.")
+    assert busy.poll() is None
+    os.killpg(busy.pid, signal.SIGKILL)
+    busy.communicate()
 
 
 def test_a_lone_process_joins_without_a_launcher_and_says_nothing_else():

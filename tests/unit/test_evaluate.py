@@ -90,6 +90,7 @@ def test_rows_of_a_file_are_answered_as_the_task_says(
     assert f"{result.score:.1f} (" in out
     assert result.prompt is not None
     assert result.prompt.file == str(prompt)
+    assert result.batch_tokens == 256
     assert result.others == {}  # there is no train split to learn a floor from
     names = {path.name for path in (tmp_path / "boolq").iterdir()}
     assert names == {"report.md", "results.json", "predictions.jsonl", "confusion.png"}
