@@ -29,6 +29,8 @@ WORDS_KEPT = 1 << 19
 """Then all are forgotten; about 80 MB."""
 CHARACTERS_KEPT = 1 << 24
 """The same, for text whose words are as long as its sentences, as Chinese is."""
+_NO_TEXT, _NO_TEXT_EITHER = "\ufdd0", "\ufdd1"
+"""Two characters that Unicode sets apart for a program's own use."""
 
 
 class EncodedTexts(NamedTuple):
@@ -161,7 +163,7 @@ def _without_special_pieces(backend: str, special: Collection[str]) -> str:
     state = json.loads(backend) | {"truncation": None, "padding": None, "post_processor": None}
     added, model = state["added_tokens"], state["model"]
     # A single character is needed to write text.
-    name_of = {piece: f"\ufdd0{n}" for n, piece in enumerate(sorted(special)) if len(piece) > 1}
+    name_of = {piece: f"{_NO_TEXT}{n}" for n, piece in enumerate(sorted(special)) if len(piece) > 1}
     for token in added:
         if token["content"] in name_of:
             token |= {"content": name_of[token["content"]], "special": True}
@@ -190,7 +192,9 @@ class _WholeTextEncoder:
     def rows(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text."""
         if self._backend is not None:
-            encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            # Who knows the names of special pieces writes none of them either.
+            spelt = [text.replace(_NO_TEXT, _NO_TEXT_EITHER) for text in texts]
+            encoded = self._backend.encode_batch_fast(spelt, add_special_tokens=False)
             return [one.ids for one in encoded]
         if not texts:
             return []

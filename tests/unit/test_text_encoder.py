@@ -52,6 +52,8 @@ def test_awkward_texts_have_the_tokenizer_s_ids(tokenizer):
 
 
 SPECIAL = ["</s>", "in</s>side", "<pad>x", "<unk> <extra_id_0>is<extra_id_99>", "</s></s>", "<s>"]
+HIDDEN = [f"the \ufdd0{n}" for n in range(12)]
+"""What special pieces are called while texts are encoded."""
 
 
 def test_special_pieces_in_a_text_are_text_as_in_sentencepiece(tmp_path):
@@ -59,7 +61,11 @@ def test_special_pieces_in_a_text_are_text_as_in_sentencepiece(tmp_path):
         [write_lines(tmp_path / "text", [*LINES, "<>/_ spaunkdextr_id"])], tmp_path, 160
     )
     spm = sentencepiece.SentencePieceProcessor(str(tmp_path / "spiece.model"))
-    texts = [*SPECIAL, *(line.replace(" the ", special) for line in LINES for special in SPECIAL)]
+    texts = [
+        *SPECIAL,
+        *HIDDEN,
+        *(line.replace(" the ", special) for line in LINES for special in SPECIAL),
+    ]
     expected = [spm.encode(text) for text in texts]
     for name in ("spiece.model", "tokenizer.json"):
         folder = tmp_path / name.split(".")[0]
@@ -74,20 +80,19 @@ def test_special_pieces_in_a_text_are_text_as_in_sentencepiece(tmp_path):
 
 @pytest.mark.parametrize("ignore_merges", [False, True])
 def test_a_chat_model_s_special_pieces_are_text_and_other_added_ones_pieces(ignore_merges):
-    """Among them one that merges lead to, one that is not flagged, and one that is no merge's."""
+    """Some that merges lead to or not, one that is not flagged, and one of a single character."""
     backend = byte_level_bpe(["<|im_end|> ok <eos>", *LINES])
     plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(backend.to_str()))
     assert "end" in plain.get_vocab()
     backend.model.ignore_merges = ignore_merges
-    backend.add_special_tokens(["<|im_end|>", "end", "<|pad|>"])
+    special = ["<|im_end|>", "end", "<|pad|>", "\u20ac"]
+    backend.add_special_tokens(special)
     backend.add_tokens(["<think>"])
     chat = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
-    texts = ["the <|im_end|><|im_end|> end", "end", " end", "<|pad|>", *LINES]
+    texts = ["the <|im_end|><|im_end|> end", "end", " end", "<|pad|>", "5 \u20ac", *LINES]
     found = encode_texts(texts, chat)
     assert plain.batch_decode(found) == texts
-    assert not {i for ids in found for i in ids} & set(
-        chat.convert_tokens_to_ids(["<|im_end|>", "end", "<|pad|>"])
-    )
+    assert not {i for ids in found for i in ids} & set(chat.convert_tokens_to_ids(special))
     assert encode_texts(LINES, chat) == ids_of(plain, LINES)
     assert encode_texts(["a<think>"], chat) == [
         [*ids_of(plain, ["a"])[0], chat.convert_tokens_to_ids("<think>")]
