@@ -156,7 +156,7 @@ class _PickledFile(WeightFile):
         with self.path.open("rb") as file:
             is_zip = zipfile.is_zipfile(file)
             if is_zip:
-                _check_byte_order(file)
+                _check_readable_in_place(file)
             file.seek(0)
             numbers = _SkippedNumbers(file)
             source: Any = file if is_zip else numbers
@@ -212,15 +212,21 @@ class _PickledFile(WeightFile):
             ) from error
 
 
-def _check_byte_order(file: BinaryIO) -> None:
-    """That numbers can be used as they lie in the file: torch would swap their bytes on reading."""
+def _check_readable_in_place(file: BinaryIO) -> None:
+    """That numbers lie in the file as they are: torch would unpack them, or swap their bytes."""
     with zipfile.ZipFile(file) as archive:
-        for name in archive.namelist():
-            if name.endswith("/byteorder") and archive.read(name) != sys.byteorder.encode():
-                raise BackboneError(
-                    f"{file.name} was written on a machine of another byte order. Load and save "
-                    "it once with torch, as safetensors."
-                )
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED:
+                why = "is compressed inside"
+            elif entry.filename.endswith("/byteorder") and (
+                archive.read(entry) != sys.byteorder.encode()
+            ):
+                why = "was written on a machine of another byte order"
+            else:
+                continue
+            raise BackboneError(
+                f"{file.name} {why}. Load and save it once with torch, as safetensors."
+            )
 
 
 class _Place(NamedTuple):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import zipfile
 from pathlib import Path
 from unittest import mock
 
@@ -196,3 +198,26 @@ def test_the_codes_of_other_quantizations_are_no_numbers(
 ) -> None:
     reader = CheckpointReader(write(tmp_path, {**stored, **CODES[case]}, "safetensors one"))
     assert [name for name in reader.shapes if not reader.holds_numbers(name)] == ["a.weight"]
+
+
+@pytest.mark.parametrize(
+    ("packing", "order", "reason"),
+    [
+        (zipfile.ZIP_DEFLATED, sys.byteorder, "is compressed inside"),
+        (zipfile.ZIP_STORED, {"little": "big"}.get(sys.byteorder, "little"), "another byte order"),
+    ],
+)
+def test_a_bin_whose_numbers_do_not_lie_in_it_as_they_are_is_refused(
+    packing: int, order: str, reason: str, stored: Tensors, tmp_path: Path
+) -> None:
+    """Which torch itself reads: no other bytes may be taken for the numbers."""
+    torch.save(stored, tmp_path / "plain.bin")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.bin") as plain,
+        zipfile.ZipFile(tmp_path / "pytorch_model.bin", "w", packing) as changed,
+    ):
+        for name in plain.namelist():
+            content = order.encode() if name.endswith("/byteorder") else plain.read(name)
+            changed.writestr(name, content)
+    with pytest.raises(BackboneError, match=f"{reason}.*as safetensors"):
+        CheckpointReader(tmp_path)
