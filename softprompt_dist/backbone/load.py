@@ -267,7 +267,8 @@ def model_config_of(folder: Path) -> Any:
     """The Hugging Face configuration in a folder.
 
     Raises:
-        BackboneError: it cannot be read, or asks for code or names weights of its own.
+        BackboneError: it cannot be read, asks for code or names weights of its own, or the folder
+            is an adapter of another model.
     """
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -286,6 +287,12 @@ def model_config_of(folder: Path) -> Any:
             f"{folder}/config.json names its weights, {weights!r:.100} (transformers_weights), but "
             "only model.safetensors, pytorch_model.bin and their shards are read here. Give the "
             "file that name, and remove the key."
+        )
+    if (folder / "adapter_config.json").is_file():
+        raise BackboneError(
+            f"{folder} holds adapter_config.json: to transformers it is an adapter (PEFT) of the "
+            "model that this file names, whatever weights lie beside it. Name the folder of a "
+            "whole model (merge_and_unload and save_pretrained make one), or remove the file."
         )
     return model_config
 

@@ -11,6 +11,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,7 +26,9 @@ from softprompt_dist.errors import BackboneError
 
 HEAD = "lm_head"
 _T5_TYPES = ("t5", "mt5")
-_SECOND_FEED_FORWARD = ("wo", "down_proj", "dense_4h_to_h", "fc2")
+_SECOND_FEED_FORWARD = re.compile(
+    r"\.(wo|down_proj|dense_4h_to_h|fc2|fc_out|mlp\.c_proj|feed_forward\.w2)\.weight$"
+)
 _OLD_HEAD = "embed_out.weight"
 """What GPT-NeoX checkpoints call the head that transformers 5 calls lm_head."""
 _FORWARD_ARGUMENTS = {"inputs_embeds", "attention_mask", "position_ids", "logits_to_keep"}
@@ -62,14 +65,25 @@ class Skeleton:
         return f"{list(self.blocks)[-1]}.weight"
 
     def quantizable(self, quantized_layers: str) -> set[str]:
-        """Names of the matrices that `backbone.quantized_layers` chooses; never the head."""
-        *repeated, _head = self.linears.values()
-        return {
-            linear.name
-            for linears in repeated
-            for _, attribute, linear in linears
-            if quantized_layers == "blocks" or attribute not in _SECOND_FEED_FORWARD
-        }
+        """Names of the matrices that `backbone.quantized_layers` chooses; never the head.
+
+        Raises:
+            BackboneError: all but the second feed-forward matrix are to be, and none is known.
+        """
+        *repeated, _head = (
+            {linear.name for _, _, linear in linears} for linears in self.linears.values()
+        )
+        if quantized_layers == "blocks":
+            return set().union(*repeated)
+        second = {n for names in repeated for n in names if _SECOND_FEED_FORWARD.search(n)}
+        for names in repeated:
+            if not names & second:
+                raise BackboneError(
+                    f"backbone.quantized_layers is {quantized_layers}, but which of "
+                    f"{', '.join(sorted(names))} is the second feed-forward matrix is not known. "
+                    "Use blocks."
+                )
+        return set().union(*repeated) - second
 
 
 def build_skeleton(config: PretrainedConfig) -> Skeleton:
@@ -187,9 +201,31 @@ def _replace_linears(
     for path, module in list(block.computation.named_modules()):
         for attribute, child in list(module.named_children()):
             if type(child) is nn.Linear:
+                _check_is_called(module, attribute)
                 frozen = _frozen(child, _joined(block_name, path, attribute))
                 setattr(module, attribute, frozen)
                 yield module, attribute, frozen
+
+
+def _check_is_called(module: nn.Module, attribute: str) -> None:
+    """That a module calls its linear layer, and does not look at the weight, which lies elsewhere.
+
+    Raises:
+        BackboneError: it does look at it.
+    """
+    if f"self.{attribute}.weight" in _source_of(type(module).forward):
+        raise BackboneError(
+            f"{type(module).__name__} reads the weight of its {attribute} by itself, so this kind "
+            "of model is not known here. Use a Llama-like model or a T5."
+        )
+
+
+@cache
+def _source_of(function: Any) -> str:
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):  # it has no file
+        return ""
 
 
 def _frozen(linear: nn.Linear, path: str) -> FrozenLinear:

@@ -40,8 +40,7 @@ def initialise_prompt(  # noqa: PLR0913 - what the initialisers need, between th
     Args:
         config: which initialisation, and its settings.
         embed: ids_N -> rows of the embedding table [N, D], rounded as activations are. Called once,
-            or for the uniform ones and `file` not at all; the same on all ranks, because it is a
-            collective under ZeRO-3.
+            or for the uniform ones and `file` not at all.
         vocabulary_size: rows of the embedding table.
         encode: text -> piece ids without special tokens.
         labels: target strings, for `class_labels`.
@@ -100,7 +99,7 @@ def sample_pieces(
 
 
 def embedded_rows(pieces: Sequence[Pieces], sampled_P: Tensor, embed: Embed) -> Tensor:
-    """All ranks: row i is the mean embedding of `pieces[i]` or, if none are given, `sampled_P[i]`.
+    """Row i is the mean embedding of `pieces[i]` or, if none are given, `sampled_P[i]`.
 
     Args:
         pieces: piece ids of the first rows, at most P; one may be empty.

@@ -16,6 +16,7 @@ from softprompt_dist.backbone.base import Backbone
 from softprompt_dist.backbone.layers import FrozenRMSNorm
 from softprompt_dist.backbone.load import inventory_of, load_backbone
 from softprompt_dist.backbone.replacements import replace_norms
+from softprompt_dist.backbone.skeleton import build_skeleton
 from softprompt_dist.config import BackboneConfig
 from softprompt_dist.data.batching import TokenExample, collate
 from softprompt_dist.errors import BackboneError
@@ -23,12 +24,25 @@ from tests import reference
 from tests.models import CAUSAL, HEAD_DIM, make_causal, make_t5, save_model
 
 OUR_NORM = {"Llama", "Mistral", "Qwen2", "Qwen3", "Olmo2", "Phi3", "SmolLM3", "Granite", "Apertus"}
+_SPARSE = {
+    "mlp_layer_types": ["dense"] * 2,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "index_n_heads": 2,
+    "index_head_dim": 8,
+}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "GPT2": ({"n_embd": 24, "n_layer": 2, "n_head": 2}, r"h\.0\.attn\.c_attn\.weight .*Conv1D"),
     "Mixtral": ({"num_local_experts": 2}, r"layers\.0\.mlp\.\S+ of shape"),
     "Qwen3Moe": ({**HEAD_DIM, "num_experts": 4}, r"layers\.0\.mlp\.\S+ of shape"),
     "Mamba": ({"state_size": 4}, "they take no position_ids"),
     "Bloom": ({"n_layer": 2, "n_head": 2}, "they take no .*position_ids"),
+    "DeepseekV32": (_SPARSE, r"V32Indexer reads the weight of its weights_proj"),
+    "GlmMoeDsa": (_SPARSE, r"DsaIndexer reads the weight of its weights_proj"),
 }
 
 
@@ -131,6 +145,41 @@ def test_what_cannot_be_taken_apart_is_refused_with_the_reason(name: str, tmp_pa
     with pytest.raises(BackboneError, match=reason) as failure:
         load(tmp_path)
     assert "Use a Llama-like model or a T5" in str(failure.value).replace("; use", ". Use")
+
+
+SECOND_FEED_FORWARD = {
+    "Llama": ({}, "mlp.down_proj"),
+    "GPTNeo": ({}, "mlp.c_proj"),
+    "GPTJ": ({"n_embd": 24, "n_layer": 2, "n_head": 4, "rotary_dim": 4}, "mlp.fc_out"),
+    "GPTBigCode": ({"n_embd": 24, "n_layer": 2, "n_head": 4}, "mlp.c_proj"),
+    "Lfm2": ({"layer_types": ["full_attention"] * 2}, "feed_forward.w2"),
+}
+
+
+@pytest.mark.parametrize("name", SECOND_FEED_FORWARD)
+def test_blocks_without_wo_spares_the_second_feed_forward_matrix(name: str, tmp_path: Path) -> None:
+    settings, second = SECOND_FEED_FORWARD[name]
+    save(tmp_path, name, **settings)
+    skeleton = inventory_of(tmp_path, BackboneConfig(path=str(tmp_path))).skeleton
+    spared = skeleton.quantizable("blocks") - skeleton.quantizable("blocks_without_wo")
+    assert len(spared) == 2
+    assert all(n.endswith(f"{second}.weight") for n in spared)
+
+
+def test_blocks_without_wo_is_refused_where_no_such_matrix_is_known(tmp_path: Path) -> None:
+    model = save(tmp_path, "Olmo2")
+    skeleton = build_skeleton(model.config)
+    for linears in skeleton.linears.values():
+        linears[:] = [found for found in linears if found[1] != "down_proj"]
+    with pytest.raises(BackboneError, match=r"layers\.0\.mlp\.up_proj\.weight, .*Use blocks"):
+        skeleton.quantizable("blocks_without_wo")
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, "Llama")
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
+    with pytest.raises(BackboneError, match=r"adapter_config\.json.*merge_and_unload"):
+        load(tmp_path)
 
 
 def test_an_unknown_encoder_decoder_is_refused_by_its_name(tmp_path: Path) -> None:

@@ -36,9 +36,10 @@ class SpanCorruption:
         if special.first_sentinel is None or self._counts.num_spans > special.num_sentinels:
             raise DataError(
                 f"inputs_length {config.inputs_length} makes {self._counts.num_spans} spans, but "
-                f"the tokenizer has {special.num_sentinels} sentinels (<extra_id_0>, ...), and "
-                "each span needs its own. Lower inputs_length or noise_density, raise "
-                "mean_noise_span_length, or use a tokenizer with more."
+                f"the tokenizer has {special.num_sentinels} sentinels (<extra_id_0>, ..., with ids "
+                "that count down, as T5's do and ByT5's do not), and each span needs its own. "
+                "Lower inputs_length or noise_density, raise mean_noise_span_length, or use a "
+                "tokenizer with more."
             )
         self._corpus = corpus
         self._eos, self._first_sentinel = special.eos, special.first_sentinel
