@@ -96,11 +96,13 @@ def test_a_copy_loads_as_its_source_in_that_precision(
     if settings.get("sharding") == "zero3":
         request.getfixturevalue("world_of_one")
     copy = copy_of(source, tmp_path / "copy", precision, *options)
-    copied = load(copy, **settings)
-    assert_same_weights(copied, load(source, **settings))
+    copied, original = load(copy, **settings), load(source, **settings)
+    assert_same_weights(copied, original)
     # With which prompts begin: neither storage nor sharding shows in them.
     ids, whole = torch.arange(copied.vocabulary_size), {**settings, "sharding": "replicated"}
-    assert torch.equal(copied.embed(ids), load(source, **whole).embed(ids))
+    expected = load(source, **whole).embed(ids)
+    assert torch.equal(copied.embed(ids), expected)
+    assert torch.equal(original.embed(ids), expected)
     assert len(load_tokenizer(copy)) == len(load_tokenizer(source))
     assert "int8" not in caplog.text
 
