@@ -23,8 +23,6 @@ from softprompt_dist.parallel.meeting import Newcomer, agree, job_nonce
 from softprompt_dist.progress import phase
 
 DEEPSPEED_LOGGER = "DeepSpeed"
-_LONGEST_WAIT = timedelta(hours=2)
-"""For a rank that waits while rank 0 fetches a checkpoint or tokenises a corpus."""
 _LONGEST_LEAVING = 600.0
 """Seconds; the ranks have done all together until now, and end within moments."""
 _ON_LEAVING: list[Callable[[], None]] = []
@@ -53,12 +51,12 @@ def join_world(*, debug: bool = False, limit_seconds: float | None = None) -> No
     set_threads(os.environ)
     if not debug:
         _hush_libraries()
-    limit = _LONGEST_WAIT.total_seconds() if limit_seconds is None else limit_seconds
-    ranks.let_groups_wait(limit)
+    limit = ranks.LONGEST_WAIT.total_seconds() if limit_seconds is None else limit_seconds
+    longer = ranks.let_groups_wait(limit)
     late = f"Rank {ranks.rank()} has waited {limit:g} s for the others at {_place()}. {_MEETING}"
     giving_up = f"{late} If they are slow, raise {_LIMIT}."
     with phase("meeting the other ranks"), stop.ends_while_waiting(limit, giving_up):
-        _meet()
+        _meet(longer)
     stop.end_here_if_asked("the ranks met")
 
 
@@ -81,7 +79,7 @@ def choose_backend() -> str:
     return "nccl"
 
 
-def _meet() -> None:
+def _meet(timeout: timedelta) -> None:
     """All ranks: the process group, once they have agreed that they can have one."""
     backend, problem = "", ""
     try:
@@ -91,7 +89,7 @@ def _meet() -> None:
             raise
         problem = str(error)
     try:
-        store, rank, world_size = next(rendezvous("env://", timeout=_LONGEST_WAIT))
+        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
         if world_size > 1:
             mine = Newcomer(rank, backend, job_nonce(os.environ), problem)
             agree(store, mine, world_size)

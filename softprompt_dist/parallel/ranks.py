@@ -21,8 +21,8 @@ from softprompt_dist.errors import SoftpromptError
 
 T = TypeVar("T")
 
-_LONGEST_WAIT = timedelta(hours=2)
-"""For a rank that waits while rank 0 fetches a checkpoint, or writes a model to a slow disk."""
+LONGEST_WAIT = timedelta(hours=2)
+"""For a rank that waits while rank 0 fetches a checkpoint, tokenises a corpus or writes a model."""
 _MARGIN = timedelta(minutes=10)
 """Who hangs is ended by its watchdog, which says where; a library's timeout says little."""
 
@@ -113,7 +113,7 @@ def let_groups_wait(limit_seconds: float = 0.0) -> timedelta:
 
     Those of libraries, too: NCCL's own limit is ten minutes, and DeepSpeed passes none on.
     """
-    wait = max(_LONGEST_WAIT, timedelta(seconds=limit_seconds)) + _MARGIN
+    wait = max(LONGEST_WAIT, timedelta(seconds=limit_seconds)) + _MARGIN
     # No function of PyTorch sets what a group has whose maker names no limit.
     vars(distributed_c10d).update(default_pg_timeout=wait, default_pg_nccl_timeout=wait)
     return wait

@@ -44,6 +44,8 @@ def test_a_single_node_is_the_world(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_any_group_waits_for_longer_than_a_watchdog(limit: float, waits: float) -> None:
     """Also one that DeepSpeed makes, which names no limit."""
     join_world(limit_seconds=limit)
+    # Nor does the store end a wait that still has time: the ranks meet in it.
+    assert distributed_c10d._get_default_store().timeout.total_seconds() == waits
     for group in (dist.group.WORLD, dist.new_group(range(1)), dist.new_group(backend="gloo")):
         made = group._get_backend(torch.device("cpu"))
         assert made.options._timeout.total_seconds() == waits
