@@ -116,14 +116,21 @@ class CheckpointReader:
         if self._bytes_read > _MAPPED_BYTES:
             self.close()
         rows = self._file_of[name].rows(name, first, last)
-        if rows.is_floating_point() and rows.numel() and rows.max().isnan():  # which any NaN makes
-            bad = int(rows.isnan().any(dim=1).nonzero()[0])
-            raise BackboneError(
-                f"{self.folder} holds NaN, which is no number, in row {first + bad} of {name}. The "
-                "checkpoint itself is broken: fetch it again, or use another."
-            )
+        if rows.is_floating_point() and rows.numel():
+            self._refuse_broken(name, first, rows)
         self._bytes_read += max(rows.numel() * rows.element_size(), _FAULT_BYTES)
         return rows
+
+    def _refuse_broken(self, name: str, first: int, rows_RC: Tensor) -> None:
+        if all(map(math.isfinite, rows_RC.aminmax())):  # which NaN makes NaN
+            return
+        finite_R = rows_RC.isfinite().all(dim=1)
+        row = int((~finite_R).nonzero()[0])
+        what = "NaN" if rows_RC[row].isnan().any() else "an infinite value"
+        raise BackboneError(
+            f"{self.folder} holds {what}, which is no weight, in row {first + row} of {name}. The "
+            "checkpoint itself is broken: fetch it again, or use another."
+        )
 
 
 def _is_scale(name: str) -> bool:

@@ -75,7 +75,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             "spiece.model. Copy the one that belongs to the backbone there."
         )
     try:
-        for path in vocabularies:
+        for path in [*vocabularies, *_settings(folder)]:
             open_regular(path).close()
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
@@ -96,10 +96,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def _reads_bytes(folder: Path) -> bool:
     """Whether the folder's tokenizer is ByT5's, which has no vocabulary to keep in a file."""
-    said = [path for name in _TOKENIZER_SETTINGS if (path := folder / name).is_file()]
     return any(
-        '"ByT5Tokenizer"' in path.read_text(encoding="utf-8", errors="replace") for path in said
+        '"ByT5Tokenizer"' in path.read_text(encoding="utf-8", errors="replace")
+        for path in _settings(folder)
     )
+
+
+def _settings(folder: Path) -> list[Path]:
+    return [path for name in _TOKENIZER_SETTINGS if (path := folder / name).is_file()]
 
 
 def pieces_without_a_row(tokenizer: PreTrainedTokenizerBase, model_config: Any) -> list[str]:
@@ -271,7 +275,8 @@ def model_config_of(folder: Path) -> Any:
             is an adapter of another model.
     """
     try:
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        with open_regular(folder / "config.json") as file:
+            raw = json.load(file)
         asks_for_code, weights = "auto_map" in raw, raw.get("transformers_weights")
         model_config = AutoConfig.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False

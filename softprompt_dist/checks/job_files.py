@@ -13,6 +13,7 @@ from softprompt_dist.config import BackboneConfig, PromptConfig, TuneConfig
 from softprompt_dist.data.sources import SPLITS
 from softprompt_dist.errors import BackboneError, DataError, SoftpromptError
 from softprompt_dist.task_config import TaskConfig
+from softprompt_dist.untrusted import open_regular
 
 if TYPE_CHECKING:
     from softprompt_dist.data.sources import HubNames
@@ -120,7 +121,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            values = json.load(file)
     except (OSError, ValueError, RecursionError) as error:
         raise BackboneError(f"Cannot read {path}: {error}. Fetch it again.") from error
     if not isinstance(values, dict):

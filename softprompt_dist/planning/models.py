@@ -10,6 +10,7 @@ from pathlib import Path
 from softprompt_dist.backbone.architecture import Architecture, architecture_of
 from softprompt_dist.backbone.known_architectures import known_architecture, known_names
 from softprompt_dist.errors import BackboneError
+from softprompt_dist.untrusted import open_regular
 
 _TINY_T5 = "demo:tiny-t5"
 
@@ -35,7 +36,8 @@ def find_architecture(model: str, revision: str | None = None) -> Architecture:
 def _read(name: str, folder: Path) -> Architecture:
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            config = json.load(file)
     except (OSError, ValueError, RecursionError) as error:
         raise BackboneError(
             f"Cannot read {path}: {error}. --model needs a Hugging Face folder with config.json."

@@ -37,14 +37,23 @@ def test_a_damaged_backbone(said: Said, tiny_recipe: Path, folder: Path, damage:
     assert_message(said(train.main, "--recipe", tiny_recipe, *arguments), folder)
 
 
-def with_nan(weights: Tensors, name: str) -> Tensors:
-    """One value of row 3 is none."""
+def with_value(weights: Tensors, name: str, value: float) -> Tensors:
+    """One value of row 3 is another."""
     changed = weights[name].clone()
-    changed.view(len(changed), -1)[3, -1] = torch.nan
+    changed.view(len(changed), -1)[3, -1] = value
     return {**weights, name: changed}
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "pytorch_model.bin"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors",
+        "tokenizer.json",
+        "pytorch_model.bin",
+        "config.json",
+        "tokenizer_config.json",
+    ],
+)
 def test_a_pointer_of_git_lfs_is_told(
     said: Said, tiny_recipe: Path, folder: Path, name: str
 ) -> None:
@@ -87,11 +96,17 @@ MISFITS: dict[str, tuple[Callable[[Tensors], Tensors], tuple[str, ...]]] = {
         ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "which are different"),
     ),
     **{
-        f"NaN in {name}": (
-            lambda w, name=name: with_nan(w, name),
-            (f"holds NaN, which is no number, in row 3 of {name}", "fetch it again"),
+        f"{value} in {name}": (
+            lambda w, name=name, value=value: with_value(w, name, value),
+            (f"holds {what}, which is no weight, in row 3 of {name}", "fetch it again"),
         )
-        for name in (HEAD, WO, "shared.weight", "decoder.final_layer_norm.weight")
+        for name, value, what in (
+            (HEAD, torch.nan, "NaN"),
+            (WO, torch.nan, "NaN"),
+            ("shared.weight", -torch.inf, "an infinite value"),
+            ("decoder.final_layer_norm.weight", torch.nan, "NaN"),
+            ("decoder.final_layer_norm.weight", torch.inf, "an infinite value"),
+        )
     },
     "codes for numbers": (
         lambda w: {**w, WO: w[WO].to(torch.int8)},
