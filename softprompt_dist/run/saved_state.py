@@ -164,6 +164,8 @@ def _check_belongs(run: TuningRun, checkpoint: Checkpoint) -> None:
         "data": values.get("data_digests"),
         **_flat(recipe if isinstance(recipe := values.get("recipe"), dict) else {}),
     }
+    for key, value in _as_release_0_1(run).items():
+        then.setdefault(key, now[key] if value is None else value)
     different = [key for key in now if now[key] != then.get(key)]
     if different:
         lines = "\n".join(
@@ -173,6 +175,17 @@ def _check_belongs(run: TuningRun, checkpoint: Checkpoint) -> None:
             f"The checkpoint of step {checkpoint.step} belongs to another run:\n{lines}\n"
             "Use the saved values, another --run-dir, or --fresh to set the old run aside."
         )
+
+
+def _as_release_0_1(run: TuningRun) -> dict[str, Any]:
+    """How settings that it did not have must be set to read rows as it did; None: in any way."""
+    settings: dict[str, Any] = {"backbone.prepend_bos": False if run.reader.input_start else None}
+    for index, task in enumerate(run.tasks):
+        texts = [example.target_text for example in task.splits["train"].texts]
+        is_changed = list(run.reader.spelt(task.config, texts)) != texts
+        place = f"mixture.tasks.{index - 1}" if index else "task"
+        settings[f"{place}.target_separator"] = "" if is_changed else None
+    return settings
 
 
 def check_backbone(checkpoint: Checkpoint, here: Identity, *, force: bool) -> None:
@@ -224,6 +237,9 @@ def _not_of_train(checkpoint: Checkpoint, what: str) -> CheckpointError:
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
+        if isinstance(value, list):
+            flat[prefix + key] = len(value)
+            value = {str(index): one for index, one in enumerate(value)}
         if isinstance(value, dict):
             flat.update(_flat(value, f"{prefix}{key}."))
         else:

@@ -24,7 +24,9 @@ from softprompt_dist.run.checkpoint_format import (
 )
 from tests import runs
 from tests.messages import Said, assert_message
+from tests.models import make_llama, save_model
 from tests.unit.test_identity import copy_with, with_dealt_out_pieces, with_keys
+from tests.unit.test_wording import byte_level
 
 pytestmark = pytest.mark.usefixtures("lone_process")
 
@@ -122,12 +124,54 @@ def test_a_checkpoint_of_release_0_1_is_compared_by_its_weights(
     assert said(train.main, *arguments, f"backbone.path={tiny_t5}")[0] == 0
 
 
+def test_a_mixture_of_release_0_1_goes_on(
+    said: Said, tiny_t5: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    """And not with a task less."""
+    sides = runs.task("sides", runs.write_splits(tmp_path, runs.SIDES), runs.SIDES)
+    recipe = runs.tiny_recipe(tiny_t5, tiny_data) | {"steps": 2, "mixture": {"tasks": [sides]}}
+    run_dir = tmp_path / "run"
+    path = runs.write_recipe(tmp_path / "recipe.yaml", recipe)
+    session.train(load_recipe(TuneConfig, path, [f"run_directory={run_dir}"]))
+    as_release_0_1(run_dir)
+    arguments = ["--recipe", str(path), "--run-dir", str(run_dir), "--resume", "--steps", "3"]
+    fewer = said(train.main, *arguments, "--set", "mixture.tasks=[]")
+    assert_message(fewer, "mixture.tasks: saved 1, now 0", "--fresh")
+    assert said(train.main, *arguments)[0] == 0
+
+
+def test_a_run_of_release_0_1_reads_no_rows_in_another_way(
+    said: Said, tiny_data: Path, tmp_path: Path
+) -> None:
+    """It put nothing before inputs and targets; of a decoder-only backbone that must be said."""
+    tokenizer = byte_level(adds_bos=True)
+    folder = save_model(make_llama(len(tokenizer)), tmp_path / "llama")
+    tokenizer.save_pretrained(folder)
+    path = runs.write_recipe(
+        tmp_path / "recipe.yaml", runs.tiny_recipe(folder, tiny_data) | {"steps": 2}
+    )
+    as_it_did, run_dir = (
+        ["backbone.prepend_bos=false", 'task.target_separator=""'],
+        tmp_path / "run",
+    )
+    session.train(load_recipe(TuneConfig, path, [f"run_directory={run_dir}", *as_it_did]))
+    as_release_0_1(run_dir)
+    arguments = ["--recipe", str(path), "--run-dir", str(run_dir), "--resume", "--steps", "3"]
+    keys = ("backbone.prepend_bos: saved False", "task.target_separator: saved ''")
+    assert_message(said(train.main, *arguments), *(f"{key}, now None" for key in keys))
+    sets = [word for setting in as_it_did for word in ("--set", setting)]
+    assert said(train.main, *arguments, *sets)[0] == 0
+
+
 def as_release_0_1(run_dir: Path) -> None:
     """Its checkpoint of step 2 with the keys that release 0.1.0 wrote."""
     folder = runs.checkpoint_folder(run_dir, 2)
     document = json.loads((folder / STATE).read_text())
     state = document["state"]
     state["backbone_fingerprint"] = state.pop("identity")["weights"]
+    del state["recipe"]["backbone"]["prepend_bos"]
+    for task in (state["recipe"]["task"], *state["recipe"]["mixture"]["tasks"]):
+        del task["target_separator"]
     (folder / STATE).write_text(json.dumps(document))
     names = (TENSORS, RANDOM_STATES, STATE)
     digests = {name: digest_of((folder / name).read_bytes()) for name in names}
