@@ -274,9 +274,10 @@ def test_rows_that_were_answered_must_stay(job: Job, windows: int | None) -> Non
 
 def test_other_settings_are_refused_and_named(job: Job) -> None:
     job.run(windows=1)
-    job.settings = {"input_template": "It: {text}"}
+    job.settings = {"input_template": "It: {text}", "target_separator": "-"}
     message = job.refused()
     assert "task.input_template: '{text}' then, 'It: {text}' now" in message
+    assert "task.target_separator: None then, '-' now" in message
     assert "task.labels" not in message
     assert "--fresh" in message
 
