@@ -25,7 +25,7 @@ PATIENCE_SECONDS = 600.0
 """How long what a run needs is tried again while the disk is away: servers take minutes to fail
 over."""
 PASSING = frozenset(
-    {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENXIO, errno.EREMOTEIO}
+    {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EREMOTEIO}
     | {errno.ENOTCONN, errno.ESHUTDOWN, errno.EHOSTDOWN, errno.EHOSTUNREACH}
 )
 """What a network disk says that is away for a moment."""

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from softprompt_dist import inspect
+from softprompt_dist import durable, inspect
 from softprompt_dist.backbone.checkpoint_reader import CheckpointReader
 from softprompt_dist.config import TuneConfig
 from softprompt_dist.data.rows import read_file
@@ -174,6 +175,18 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path, kind: str) -> None:
 
 
 # Checkpoints
+
+
+def test_a_socket_is_not_taken_for_a_disk_that_is_away(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(durable.time, "sleep", lambda _: pytest.fail("it is waited for"))
+    monkeypatch.chdir(checkpoint)  # the name of a socket must be short
+    Path("state.json").unlink()
+    with socket.socket(socket.AF_UNIX) as own:
+        own.bind("state.json")
+        with pytest.raises(InvalidCheckpointError):
+            read_checkpoint(checkpoint)
 
 
 @pytest.mark.drill("D34")
