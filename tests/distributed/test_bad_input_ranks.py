@@ -2,6 +2,8 @@
 
 import json
 
+import launch
+
 
 def test_a_bad_label_is_said_once_and_ends_both_ranks(
     tiny_recipe, tiny_data, tmp_path, run_module_on_ranks
@@ -22,7 +24,9 @@ def test_a_bad_label_is_said_once_and_ends_both_ranks(
     assert [output.returncode for output in outputs] == [2, 2]
     said = "".join(output.stdout + output.stderr for output in outputs)
     assert said.count("error: ") == 1
-    assert outputs[0].stderr.startswith(f"error: Line {len(rows) + 1} of {train.name}")
+    assert launch.without_progress(outputs[0].stderr).startswith(
+        f"error: Line {len(rows) + 1} of {train.name}"
+    )
     assert "'salmno', which is not in task.labels" in said
     assert "Did you mean 'salmon'?" in said
     assert "Traceback" not in said

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 from softprompt_dist.backbone.cell import Cell, Workload
 from softprompt_dist.backbone.scoring_memory import position_bytes
 from softprompt_dist.config import TuneConfig
@@ -53,7 +55,7 @@ def budget_where_the_second_gpu_is_half_full(folder):
     free = position * (5000 if ranks.is_main() else 3000)
     room.device_memory = lambda: NodeMemory(free, 80 * 10**9)
     config = TuneConfig.model_validate({"backbone": {"path": str(folder)}})
-    return room.scoring_budget(config, folder)
+    return room.scoring_budget(config, Path(folder))
 
 
 def test_all_ranks_score_as_many_positions_as_fit_the_fullest_gpu(run_on_ranks, tiny_t5):

@@ -61,7 +61,7 @@ def test_a_listing_that_the_disk_does_not_take_says_so() -> None:
             check=False,
         )
     assert done.returncode == 2
-    assert done.stderr.startswith("error: Cannot read or write: No space left on device.")
+    assert "error: Cannot read or write: No space left on device." in done.stderr
 
 
 @pytest.mark.parametrize(("kind", "code"), [("lists", 141), ("works", 0)])
