@@ -1,10 +1,11 @@
 """Faults put into a tuning run: signals, a rank that waits, hangs or computes NaN.
 
 As a module: `softprompt train` with SOFTPROMPT_FAULT="RANK STEP SECONDS", for which that rank waits
-in that step.
+in that step, or "RANK STEP nan", where that rank's loss is NaN.
 """
 
 import json
+import math
 import os
 import signal
 import time
@@ -158,8 +159,10 @@ def main():
     from softprompt_dist import train
     from softprompt_dist.parallel.verb import run_verb
 
-    rank, number, seconds = map(int, os.environ["SOFTPROMPT_FAULT"].split())
-    with in_step(rank, number, lambda: time.sleep(seconds)):
+    rank, number, seconds = map(float, os.environ["SOFTPROMPT_FAULT"].split())
+    is_nan = math.isnan(seconds)
+    waiting = in_step(rank, number, lambda: time.sleep(seconds))
+    with computes_nan(None, rank, number) if is_nan else waiting:
         run_verb(train.main)
 
 

@@ -24,6 +24,12 @@ def without_progress(said):
     return "".join(line for line in lines if not line.rstrip().endswith((" left", " so far")))
 
 
+def with_fault(fault):
+    """The environment for ranks of the module `faults`, which tells of `fault`."""
+    path = f"{Path(__file__).parent}{os.pathsep}{REPOSITORY}"
+    return {"SOFTPROMPT_FAULT": fault, "PYTHONPATH": path}
+
+
 @dataclass(frozen=True)
 class RankOutput:
     """What one rank left behind; `returncode` is negative for a signal."""

@@ -1,12 +1,10 @@
 """What must hold in every run is checked in every run, and all ranks stop together."""
 
-import json
-import shutil
 from unittest import mock
 
+import launch
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from softprompt_dist.backbone.fingerprint import assert_unchanged, local_checksum
 from softprompt_dist.config import TuneConfig
@@ -191,36 +189,21 @@ def test_a_batch_that_two_ranks_cannot_share_is_refused_by_both(broken):
         assert "2 ranks x batch.micro_batch_size 3 = 6" in text
 
 
-@pytest.fixture
-def poisoned_recipe(tiny_t5, tiny_data, tmp_path):
-    """A task with one row whose only unknown character has an infinite embedding."""
-    backbone = shutil.copytree(tiny_t5, tmp_path / "t5")
-    weights = load_file(backbone / "model.safetensors")
-    weights["shared.weight"][2] = torch.inf
-    save_file(weights, backbone / "model.safetensors", metadata={"format": "pt"})
-    data = shutil.copytree(tiny_data, tmp_path / "data")
-    poison = {"text": f"we saw a {runs.POISON} near the apple", "label": "apple"}
-    with (data / "train.jsonl").open("a") as file:
-        file.write(json.dumps(poison) + "\n")
-    recipe = runs.tiny_recipe(backbone, data)
-    recipe["prompt"]["initialisation"] = "random_uniform_paper"
-    return runs.write_recipe(tmp_path / "poisoned.yaml", recipe)
-
-
 @pytest.mark.drill("D14")
 def test_a_loss_that_is_not_finite_stops_both_ranks_before_the_update(
-    poisoned_recipe, run_module_on_ranks, tmp_path
+    tiny_recipe, run_module_on_ranks, tmp_path
 ):
     run_dir = tmp_path / "run"
     outputs = run_module_on_ranks(
-        "softprompt_dist.train",
-        ["--recipe", poisoned_recipe, "--run-dir", run_dir],
+        "faults",
+        ["--recipe", tiny_recipe, "--run-dir", run_dir],
         2,
         check=False,
+        env=launch.with_fault("1 8 nan"),
     )
     assert [output.returncode for output in outputs] == [4, 4]
     last = runs.metrics_without_time(run_dir, "train")[-1]["step"]
-    assert 1 < last < 19  # 151 rows: somewhere in the first epoch
+    assert last == 7
     assert f"error: Step {last + 1}: The loss is nan" in outputs[0].stderr
     assert "Traceback" not in outputs[0].stderr + outputs[1].stderr
     assert "error" not in outputs[1].stderr

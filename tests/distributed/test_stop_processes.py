@@ -116,10 +116,7 @@ def test_a_hang_leaves_the_stacks_of_all_ranks(
         "faults",
         arguments(tiny_recipe, run_dir, *settings),
         2,
-        env={
-            "SOFTPROMPT_FAULT": "1 4 3600",
-            "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{launch.REPOSITORY}",
-        },
+        env=launch.with_fault("1 4 3600"),
     )
     running.wait_until(lambda: last_step(run_dir) == 3, timeout=90)
     hung = time.monotonic()
@@ -147,11 +144,7 @@ def test_one_run_at_a_time_and_a_halted_one_never_again(
         "faults",
         given,
         1,
-        env={
-            "SOFTPROMPT_FAULT": "0 13 3",
-            "SLURM_JOB_ID": "4711",
-            "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{launch.REPOSITORY}",
-        },
+        env={"SLURM_JOB_ID": "4711", **launch.with_fault("0 13 3")},
     )
     first.wait_until(lambda: last_step(run_dir) == 12, timeout=90)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)

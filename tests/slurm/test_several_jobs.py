@@ -134,6 +134,6 @@ def test_a_prompt_is_scored_into_its_run_directory(started: Job) -> None:
     assert started.ended()["JobState"] == "COMPLETED"
     argv = started.attempts()[0]["argv"]
     assert argv == [
-        *("--prompt", "p q", "--deepspeed_config", "ds_configs/zero3_bf16.json"),
+        *("--prompt", "p q", "--deepspeed_config", "ds_configs/replicated_bf16.json"),
         *("--output", str(started.run_dir)),
     ]
