@@ -239,13 +239,14 @@ def test_a_tokenizer_that_reads_the_same_pieces_otherwise_is_refused(built, toke
         open_corpus([str(built)], other, tmp_path)
 
 
-def test_a_manifest_of_another_release_is_read(damaged, tokenizer, tmp_path):
+def test_a_manifest_of_another_release_is_read(built, damaged, tokenizer, tmp_path):
     path = damaged / "manifest.json"
     manifest = json.loads(path.read_text())
     del manifest["tokenizer"]["ids_of_probe"]  # that of 0.1.0 has none
     manifest["tokenizer"]["of_a_later_release"] = manifest["of_a_later_release"] = 1
     path.write_text(json.dumps(manifest))
-    open_corpus([str(damaged)], tokenizer, tmp_path)
+    read = open_corpus([str(damaged)], tokenizer, tmp_path)
+    assert read.num_tokens == open_corpus([str(built)], tokenizer, tmp_path).num_tokens > 0
 
 
 def test_what_is_no_corpus_is_refused(tmp_path, tokenizer):
